@@ -1,0 +1,182 @@
+"""The flags of the main program: Megatron's own, and the group "ProRes".
+
+They are read twice. Before Megatron is imported only our own are (:func:`read_prores_flags`): the
+device decides how Megatron is imported, and a wrong value should not cost a user its ten seconds.
+Then Megatron's parser reads all of them (:func:`parse_args`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from megatron_prores.config import (
+    DEFAULT_WARMUP_ITERS_PER_LAYER,
+    OFF,
+    ProResConfig,
+)
+from megatron_prores.errors import UserError
+from megatron_prores.schedule import SCHEDULES
+
+DEVICES = ("cuda", "cpu")
+
+
+def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the group "ProRes" to a parser, as Megatron's ``extra_args_provider``."""
+    group = parser.add_argument_group(
+        title="ProRes", description="Progressive Residual Warmup (arXiv 2603.05369)"
+    )
+    group.add_argument(
+        "--prores-schedule",
+        default="linear",
+        metavar="NAME",
+        help="How alpha of a layer grows from 0 to 1; "
+        f"one of {', '.join(SCHEDULES)}; {OFF}: plain Megatron. Default: linear.",
+    )
+    group.add_argument(
+        "--prores-warmup-iters",
+        type=int,
+        metavar="W",
+        help="Iterations of the whole warmup: after W iterations every layer is fully open.",
+    )
+    group.add_argument(
+        "--prores-warmup-iters-per-layer",
+        type=int,
+        metavar="T",
+        help="Iterations of the warmup per layer, so that W = T x layers. "
+        f"Default: {DEFAULT_WARMUP_ITERS_PER_LAYER}, if --prores-warmup-iters is not given.",
+    )
+    group.add_argument(
+        "--device",
+        default="cuda",
+        metavar="DEVICE",
+        help="cuda, or cpu: train on CPU tensors and gloo, for a first run and for tests.",
+    )
+    return parser
+
+
+def prores_config(args: argparse.Namespace) -> ProResConfig:
+    """Makes the ProRes configuration from parsed flags.
+
+    Raises:
+        UserError: A value is wrong.
+    """
+    return ProResConfig(
+        schedule=args.prores_schedule,
+        warmup_iters=args.prores_warmup_iters,
+        warmup_iters_per_layer=args.prores_warmup_iters_per_layer,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line: Megatron's usage alone fills several screens."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
+    """Reads and checks our own flags alone, without Megatron.
+
+    Args:
+        argv: The command line, without the program's name.
+
+    Returns:
+        The ProRes configuration, and the device, "cuda" or "cpu".
+
+    Raises:
+        UserError: A value is wrong.
+    """
+    parser = add_prores_args(_Parser(add_help=False, allow_abbrev=False))
+    args, _ = parser.parse_known_args(argv)
+    if args.device not in DEVICES:
+        raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
+    return prores_config(args), args.device
+
+
+def parse_args() -> argparse.Namespace:
+    """Parses and validates the whole command line with Megatron's own parser.
+
+    Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
+    ``parse_and_validate_args``.
+
+    Returns:
+        Megatron's arguments.
+
+    Raises:
+        UserError: A flag is unknown, wrong, or cannot work with ProRes or on the chosen device.
+    """
+    from megatron.training import arguments
+
+    from megatron_prores.compatibility import check_files, check_flags
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # Not a subclass: Megatron makes the parser itself.
+        parser.error = _Parser.error.__get__(parser)  # type: ignore[method-assign]
+        add_prores_args(parser)
+        if "cpu" in read_prores_flags(sys.argv[1:]):
+            from megatron_prores.cpu.flags import set_defaults
+
+            set_defaults(parser)
+        return parser
+
+    # Once for our checks, which must come before upstream opens files and writers.
+    args = arguments.parse_args(provider)
+    check_flags(args)
+    check_files(args)
+    try:
+        return arguments.parse_and_validate_args(provider)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(_upstream_words(error)) from error
+
+
+def _upstream_words(error: Exception) -> str:
+    """Says in one line what upstream's validation objects to."""
+    message = str(error)
+    if not message and error.__traceback__ is not None:
+        message = f"this must hold: {_failed_assertion(error.__traceback__)}"
+    return f"Megatron refuses these flags: {message}"
+
+
+def _failed_assertion(traceback: TracebackType) -> str:
+    """Reads the source of an assertion that has no message; its names are those of the flags."""
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
+    return line.strip().removeprefix("assert ").removesuffix(", \\").replace("args.", "")
+
+
+def data_prefixes(args: Any) -> list[tuple[str, str]]:
+    """Lists the datasets that the flags name, each as (flag, path without ending).
+
+    Raises:
+        UserError: A list of data paths cannot be read.
+    """
+    prefixes: list[tuple[str, str]] = []
+    lists = {
+        "--data-path": args.data_path,
+        "--train-data-path": args.train_data_path,
+        "--valid-data-path": args.valid_data_path,
+        "--test-data-path": args.test_data_path,
+    }
+    if args.data_args_path:
+        if not Path(args.data_args_path).is_file():
+            raise UserError(f"--data-args-path {args.data_args_path}: no such file")
+        lists["--data-args-path"] = Path(args.data_args_path).read_text().split()
+    for flag, words in lists.items():
+        # Either prefixes alone, or weight and prefix in turn.
+        prefixes += [(flag, word) for word in words or [] if not _is_number(word)]
+    return prefixes
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""What cannot work, refused before any work: combinations of flags, and files that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_prores.arguments import data_prefixes
+from megatron_prores.config import OFF
+from megatron_prores.errors import UserError
+
+Rule = tuple[str, Callable[[Any], bool], str]
+"""(the flag as the user gave it, whether it is given, why it cannot work)."""
+
+# This main program pretrains GPT models on packed text; upstream's has more modes.
+_NEVER: tuple[Rule, ...] = (
+    ("--yaml-cfg", lambda a: a.yaml_cfg is not None, "give the options as flags"),
+    ("--sft", lambda a: a.sft, "this program pretrains; finetuning is not part of it"),
+    ("--fim-data", lambda a: a.fim_data, "fill-in-the-middle data is not supported yet"),
+    ("--perform-rl-step", lambda a: a.perform_rl_step, "this program pretrains"),
+    (
+        "--hybrid-layer-pattern",
+        lambda a: a.hybrid_layer_pattern is not None,
+        "hybrid models are not supported yet",
+    ),
+    (
+        "--hybrid-context-parallel",
+        lambda a: a.hybrid_context_parallel,
+        "it needs finetuning data; use --context-parallel-size",
+    ),
+    (
+        "--dataloader-inter-document-masking",
+        lambda a: a.dataloader_inter_document_masking,
+        "packed sequences with boundaries are not supported yet; use --reset-attention-mask",
+    ),
+)
+
+# Paths of upstream that add the residual somewhere else than in the bias-dropout-add.
+_NOT_WITH_PRORES: tuple[Rule, ...] = (
+    (
+        "--transformer-impl inference_optimized",
+        lambda a: a.transformer_impl == "inference_optimized",
+        "its kernels add the residual themselves, without alpha",
+    ),
+    (
+        "--inference-fuse-tp-communication",
+        lambda a: getattr(a, "inference_fuse_tp_communication", False),
+        "its kernels add the residual themselves, without alpha",
+    ),
+    (
+        "--fused-residual-rmsnorm",
+        lambda a: getattr(a, "fused_residual_rmsnorm", False),
+        "the fused norm takes over the residual addition, without alpha",
+    ),
+    (
+        "--spec",
+        lambda a: a.spec is not None,
+        "ProRes builds the layer spec from Megatron's own flags",
+    ),
+)
+
+
+def check_flags(args: Any) -> None:
+    """Refuses flags that cannot work together with ProRes, on this device, or in this program.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag, and why.
+    """
+    _refuse(args, _NEVER, "cannot be used with pretrain_gpt_prores.py")
+    if args.prores_schedule != OFF:
+        _refuse(args, _NOT_WITH_PRORES, f"cannot be used with --prores-schedule other than {OFF}")
+    if args.device == "cpu":
+        from megatron_prores.cpu.flags import NOT_ON_CPU
+
+        _refuse(args, NOT_ON_CPU, "cannot be used with --device cpu")
+    elif args.transformer_impl == "transformer_engine" and not _installed("transformer_engine"):
+        raise UserError(
+            "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
+            "is not installed: install megatron-prores[te], or use --transformer-impl local"
+        )
+
+
+def _refuse(args: Any, rules: tuple[Rule, ...], verdict: str) -> None:
+    for flag, is_given, reason in rules:
+        if is_given(args):
+            raise UserError(f"{flag} {verdict}: {reason}")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def check_files(args: Any) -> None:
+    """Refuses a run whose data or tokenizer is not there.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the file.
+    """
+    if args.tokenizer_model and args.tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"):
+        if not Path(args.tokenizer_model).is_file():
+            raise UserError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if not prefixes and not args.per_split_data_args_path:
+        raise UserError(
+            "no data to train on: give --data-path PREFIX, --train-data-path and "
+            "--valid-data-path, or --mock-data"
+        )
+    for flag, prefix in prefixes:
+        for ending in (".bin", ".idx"):
+            if not Path(prefix + ending).is_file():
+                raise UserError(
+                    f"{flag} {prefix}: no file {prefix}{ending}; give the path that "
+                    "tools/preprocess_data.py printed, without .bin or .idx"
+                )

@@ -1,0 +1,73 @@
+"""What a run is told about ProRes: one dataclass, checked once, when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prores.errors import UserError
+from megatron_prores.schedule import SCHEDULES, Alphas, alphas, opening_steps
+
+OFF = "none"
+"""The schedule that is no schedule: plain Megatron, no class of ours in the model."""
+
+DEFAULT_WARMUP_ITERS_PER_LAYER = 1000
+"""T of the paper's main runs (section 4.1), in iterations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProResConfig:
+    """The ProRes part of a run's configuration.
+
+    Raises:
+        UserError: The schedule is unknown, or a warmup length is missing its range.
+    """
+
+    schedule: str = "linear"
+    """Name of the schedule, one of ``schedule.SCHEDULES``, or ``none`` for plain Megatron."""
+
+    warmup_iters: int | None = None
+    """W, the length of the whole warmup in iterations. None: T times the number of layers."""
+
+    warmup_iters_per_layer: int | None = None
+    """T, the part of one layer in iterations. None: 1000, where W is not given either."""
+
+    def __post_init__(self) -> None:
+        if self.schedule != OFF and self.schedule not in SCHEDULES:
+            raise UserError(
+                f"--prores-schedule {self.schedule}: no such schedule; choose one of "
+                f"{', '.join((OFF, *SCHEDULES))}"
+            )
+        if self.warmup_iters is not None and self.warmup_iters_per_layer is not None:
+            raise UserError(
+                "--prores-warmup-iters and --prores-warmup-iters-per-layer say the same thing "
+                "twice: give one of them"
+            )
+        for flag, value in (
+            ("--prores-warmup-iters", self.warmup_iters),
+            ("--prores-warmup-iters-per-layer", self.warmup_iters_per_layer),
+        ):
+            if value is not None and value < 1:
+                raise UserError(
+                    f"{flag} {value}: must be at least 1 iteration; for a model without warmup "
+                    f"use --prores-schedule {OFF}"
+                )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run scales its residual branches at all."""
+        return self.schedule != OFF
+
+    def total_warmup_iters(self, num_layers: int) -> int:
+        """Gives W, the length of the whole warmup, in iterations, for a model of ``num_layers``."""
+        if self.warmup_iters is not None:
+            return self.warmup_iters
+        per_layer = self.warmup_iters_per_layer or DEFAULT_WARMUP_ITERS_PER_LAYER
+        return per_layer * num_layers
+
+    def alphas(self, step: int, num_layers: int) -> Alphas:
+        """Evaluates the schedule: alpha of layer 1..L after ``step`` updates, float64 [L]."""
+        return alphas(self.schedule, step, num_layers, self.total_warmup_iters(num_layers))
+
+    def opening_steps(self, num_layers: int) -> list[int | None]:
+        """Gives for layer 1..L the iteration from which alpha is 1, None where it never is."""
+        return opening_steps(self.schedule, num_layers, self.total_warmup_iters(num_layers))

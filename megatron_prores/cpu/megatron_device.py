@@ -1,0 +1,40 @@
+"""The places where Megatron itself has to differ on the CPU device, each for one reason.
+
+Written against megatron-core 0.19.2.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+
+def _get_rng_state(
+    device: Any = "cuda", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _expected_on_cpu(record: logging.LogRecord) -> bool:
+    """Drops one warning: that the CPU generator moves is what the CPU device is."""
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def install() -> None:
+    """Adapts Megatron to the CPU device.
+
+    Must run after ``torch_device.install`` and before ``megatron.training`` is imported.
+    """
+    from megatron.core.tensor_parallel import random
+
+    # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    random.logger = logging.getLogger(random.__name__)
+    random.logger.addFilter(_expected_on_cpu)

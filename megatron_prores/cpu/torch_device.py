@@ -1,0 +1,248 @@
+"""Makes the CPU stand in for the CUDA device that Megatron assumes.
+
+Megatron asks torch for "the CUDA device" in three ways: it calls functions of ``torch.cuda``, it
+passes ``device="cuda"`` (or an int, or ``torch.device("cuda")``) to whatever makes or moves a
+tensor, and it hands a device to torch.distributed. Each is answered with the CPU here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+# Imported first, as torch's optimizers import it later in any case: it lists the functions of
+# torch.cuda, and must list the ones that torch brought.
+import torch._dynamo
+import torch.cuda.nvtx
+import torch.distributed
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _Stream:
+    """A CUDA stream or event where everything has already happened: CPU operations are in order."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def _done(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    synchronize = wait = wait_stream = wait_event = record = _done
+
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _Stream) -> float:
+        return 0.0
+
+
+_STREAM = _Stream()
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool):
+        return False
+    if isinstance(device, int):
+        return True
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+# Functions that take a device as a positional argument, which else could be any int or string.
+_MOVES = frozenset({torch.Tensor.to, torch.Tensor.new_tensor, torch.Generator, torch.load})
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Turns every CUDA device that is handed to a torch function into the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs ``func`` with its device arguments replaced."""
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            # Pinned memory exists for copies to a GPU and cannot be had without a driver.
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func in _MOVES and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _self(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
+    return tensor_or_module
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _manual_seed(seed: int) -> None:
+    # Not torch.manual_seed: that calls torch.cuda.manual_seed_all, which leads back here.
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """torch.compile that leaves a function as it is, with or without options.
+
+    Megatron's fuser compiles its elementwise functions; for the CPU that costs a minute at the
+    start and gains little at the sizes of a laptop.
+    """
+    return function if function is not None else lambda decorated: decorated
+
+
+def _tensor_type(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps Tensor.type, whose answer upstream compares with torch.cuda.FloatTensor's name."""
+
+    def type_(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return stock(tensor, dtype, *args, **kwargs)
+        return f"torch.cuda.{stock(tensor).rpartition('.')[2]}"
+
+    return type_
+
+
+def _cuda_replacements() -> dict[str, Any]:
+    """Lists what ``torch.cuda`` says on the CPU device, name by name."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    properties = SimpleNamespace(
+        name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
+    )
+    return {
+        # One device per local rank: upstream checks that each rank has one.
+        "is_available": _constant(True),
+        "is_initialized": _constant(True),
+        "device_count": _constant(local_ranks),
+        "current_device": _constant(CPU),
+        "set_device": _nothing,
+        "init": _nothing,
+        "_lazy_init": _nothing,
+        "_lazy_call": lambda call, **kwargs: call(),
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "ipc_collect": _nothing,
+        "get_device_properties": _constant(properties),
+        "get_device_capability": _constant((0, 0)),
+        "get_device_name": _constant("CPU"),
+        "is_current_stream_capturing": _constant(False),
+        # Streams and events.
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": _constant(_STREAM),
+        "default_stream": _constant(_STREAM),
+        "set_stream": _nothing,
+        "stream": _constant(contextlib.nullcontext()),
+        "device": _constant(contextlib.nullcontext()),
+        # Memory statistics.
+        "memory_stats": _constant({}),
+        "memory_allocated": _zero,
+        "max_memory_allocated": _zero,
+        "memory_reserved": _zero,
+        "max_memory_reserved": _zero,
+        "device_memory_used": _zero,
+        "reset_peak_memory_stats": _nothing,
+        "mem_get_info": _constant((0, 0)),
+        # The random state is the CPU generator's.
+        "manual_seed": _manual_seed,
+        "manual_seed_all": _manual_seed,
+        "seed": _nothing,
+        "initial_seed": lambda: torch.initial_seed(),
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "default_generators": [torch.default_generator] * local_ranks,
+        # Legacy tensor types, which upstream compares with Tensor.type().
+        "FloatTensor": torch.FloatTensor,
+        "HalfTensor": torch.HalfTensor,
+        "BFloat16Tensor": torch.BFloat16Tensor,
+        "DoubleTensor": torch.DoubleTensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+        "ByteTensor": torch.ByteTensor,
+    }
+
+
+@contextlib.contextmanager
+def _no_range(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_distributed() -> None:
+    """Runs every collective on gloo: no process group is bound to a device."""
+    init_process_group = torch.distributed.init_process_group
+    barrier = torch.distributed.barrier
+
+    def init_on_gloo(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)
+        init_process_group("fake" if backend == "fake" else "gloo", *args, **kwargs)
+
+    def barrier_on_gloo(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        return barrier(group=group, async_op=async_op)
+
+    torch.distributed.init_process_group = init_on_gloo
+    torch.distributed.barrier = barrier_on_gloo
+
+
+def install() -> None:
+    """Replaces CUDA by the CPU in this process, for good.
+
+    Must run before Megatron is imported: its modules bind names of ``torch.cuda`` at import.
+    """
+    for name, value in _cuda_replacements().items():
+        setattr(torch.cuda, name, value)
+    for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
+        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _nothing)
+    torch.cuda.nvtx.range = _no_range
+    torch.compile = _uncompiled
+    # Pinned-memory loaders ask this, not torch.cuda.
+    torch.accelerator.is_available = _constant(False)
+    torch.Tensor.cuda = _self
+    torch.nn.Module.cuda = _self
+    torch.Tensor.pin_memory = _self
+    torch.Tensor.record_stream = _nothing
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)
+    _replace_distributed()
+    # Entered and never left: the device is chosen for the life of the process.
+    CudaMeansCpu().__enter__()

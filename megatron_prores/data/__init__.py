@@ -1,0 +1,1 @@
+"""From raw text to what Megatron trains on: corpus, tokenizer, indexed dataset."""

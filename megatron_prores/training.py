@@ -1,0 +1,75 @@
+"""Puts ProRes into a Megatron training run: the model's configuration, and the warmup's hooks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import print_rank_0
+from torch import nn
+
+from megatron_prores import upstream
+from megatron_prores.audit import audit
+from megatron_prores.config import ProResConfig
+from megatron_prores.monitor import log_alphas
+from megatron_prores.specs import prores_layer_spec
+from megatron_prores.warmup import ResidualWarmup
+
+
+def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConfig:
+    """Builds the model's configuration from Megatron's arguments; with ProRes, installs it.
+
+    Args:
+        args: Megatron's validated arguments.
+        prores: With the schedule ``none`` the configuration is Megatron's own and nothing else
+            happens.
+
+    Returns:
+        The configuration for ``megatron.training.pretrain``.
+    """
+    config = gpt_config_from_args(args)
+    if prores.enabled:
+        config.transformer_layer_spec = prores_layer_spec
+        run = ProResRun(prores, config.num_layers)
+        config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
+        upstream.call_around_steps(run.before_forward, run.after_logging)
+    return config
+
+
+class ProResRun:
+    """The state that a run's hooks share: the warmup of this rank, audited once."""
+
+    def __init__(self, config: ProResConfig, num_layers: int) -> None:
+        """Takes the schedule and L, the layers of the whole model."""
+        self.config = config
+        self.num_layers = num_layers
+        self.warmup: ResidualWarmup | None = None
+        self.audited = False
+
+    def attach(self, model_chunks: list[Any]) -> list[Any]:
+        """Takes hold of the layers of this rank, once Megatron has built its model chunks."""
+        self.warmup = ResidualWarmup(self.config, self.num_layers, _modules(model_chunks))
+        return model_chunks
+
+    def before_forward(self, step: int) -> None:
+        """Sets alpha before the forward passes of a training step or an evaluation."""
+        assert self.warmup is not None, "the model was not built through the configuration"
+        self.warmup.set_step(step)
+        if not self.audited:
+            layer_map = audit(self.warmup, step)
+            print_rank_0(
+                f"> ProRes: schedule {self.config.schedule}, warmup of "
+                f"{self.config.total_warmup_iters(self.num_layers)} iterations over "
+                f"{self.num_layers} layers, at iteration {step}\n{layer_map}"
+            )
+            self.audited = True
+
+    def after_logging(self, iteration: int) -> None:
+        """Logs alpha beside Megatron's own scalars."""
+        log_alphas(self.config.alphas(iteration, self.num_layers), iteration)
+
+
+def _modules(model_chunks: list[Any]) -> list[nn.Module]:
+    return [chunk for chunk in model_chunks if isinstance(chunk, nn.Module)]

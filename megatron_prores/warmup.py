@@ -1,0 +1,60 @@
+"""The warmup: sets alpha on the layers of this rank as training advances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from megatron_prores.config import ProResConfig
+from megatron_prores.layer import ProResLayerMixin
+from megatron_prores.schedule import Alphas
+
+
+class ResidualWarmup:
+    """Drives alpha(l, t) of every ProRes layer in the model chunks of this rank.
+
+    Alpha is a function of the schedule and of the step alone. Every rank computes it for itself,
+    and nothing is stored: a run resumed at step N goes on exactly as one that was never stopped.
+    """
+
+    def __init__(
+        self, config: ProResConfig, num_layers: int, model_chunks: Iterable[nn.Module]
+    ) -> None:
+        """Finds the layers to drive.
+
+        Args:
+            config: The schedule and its length.
+            num_layers: L, the layers of the whole model.
+            model_chunks: The model chunks of this rank, wrapped or not, one per virtual stage.
+        """
+        self.config = config
+        self.num_layers = num_layers
+        self.chunks: list[list[ProResLayerMixin]] = [
+            [
+                module
+                for module in chunk.modules()
+                if isinstance(module, ProResLayerMixin) and module.prores_layer is not None
+            ]
+            for chunk in model_chunks
+        ]
+
+    def set_step(self, step: int) -> None:
+        """Sets alpha(l, step) on every layer of this rank.
+
+        Must be called before the forward passes of a step, on all ranks alike.
+
+        Args:
+            step: t, the iterations completed. The first training step runs with 0, an evaluation
+                after N iterations with N.
+        """
+        values = self.alphas(step)
+        for layers in self.chunks:
+            for layer in layers:
+                # Out of range only where the layer numbers are wrong, which the audit reports.
+                if layer.prores_layer is not None and layer.prores_layer <= self.num_layers:
+                    layer.set_alpha(float(values[layer.prores_layer - 1]))
+
+    def alphas(self, step: int) -> Alphas:
+        """Evaluates the schedule for all L layers, also those of other ranks: float64 [L]."""
+        return self.config.alphas(step, self.num_layers)

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Pretrains a GPT model with Progressive Residual Warmup (ProRes, arXiv 2603.05369).
+
+Takes every flag of Megatron-LM's pretrain_gpt.py and the group "ProRes":
+
+    torchrun --nproc-per-node 8 pretrain_gpt_prores.py --prores-schedule linear \
+        --prores-warmup-iters-per-layer 1000 <Megatron's flags>
+"""
+
+import sys
+import time
+
+PROGRAM_START = time.time()
+
+from megatron_prores import device  # noqa: E402
+from megatron_prores.arguments import parse_args, read_prores_flags  # noqa: E402
+from megatron_prores.errors import run_program  # noqa: E402
+
+
+def main() -> None:
+    """Parses, builds, and hands over to Megatron's own training program."""
+    prores, device_name = read_prores_flags(sys.argv[1:])
+    device.prepare(device_name)
+
+    # Megatron may only be imported now that the device is known.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_prores import upstream
+    from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron_prores.training import model_config
+
+    set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    upstream.use_prebuilt_dataset_helpers()
+    args = parse_args()
+    config = pretrain_cfg_container_from_args(args, model_config(args, prores))
+    pretrain(
+        config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)
