@@ -29,15 +29,19 @@ def main() -> None:
 
     from megatron_prores import upstream
     from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron_prores.monitor import close_tensorboard
     from megatron_prores.training import model_config
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    upstream.fork_data_workers()
     upstream.use_prebuilt_dataset_helpers()
+    upstream.let_torch_adam_resume()
     args = parse_args()
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     pretrain(
         config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
     )
+    close_tensorboard()
 
 
 if __name__ == "__main__":

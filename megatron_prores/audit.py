@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_prores.errors import StopRun
 from megatron_prores.warmup import ResidualWarmup
+
+
+_FAULTS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class RankReport:
     layers: tuple[HeldLayer, ...]
 
 
-class AuditError(Exception):
-    """The ranks disagree. The message is a table of who holds what."""
+class AuditError(StopRun):
+    """The ranks disagree. The message says how, and draws who holds what."""
 
 
 def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int]) -> RankReport:
@@ -176,5 +180,11 @@ def audit(warmup: ResidualWarmup, step: int) -> str:
     reports: list[RankReport] = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
     torch.distributed.all_gather_object(reports, report_of(warmup, step, rank, pipeline))
     if faults := find_faults(reports, warmup.alphas(step).tolist()):
-        raise AuditError("\n".join([*faults[:20], table(reports)]))
+        shown = faults[:_FAULTS_SHOWN]
+        if len(faults) > len(shown):
+            shown.append(f"... and {len(faults) - len(shown)} more")
+        raise AuditError(
+            "the ranks do not agree about the layers (ProRes audit)\n"
+            + "\n".join([*shown, table(reports)])
+        )
     return layer_map(reports, warmup.config.opening_steps(warmup.num_layers))

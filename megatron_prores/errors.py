@@ -1,4 +1,4 @@
-"""One way to tell a user that an input is wrong: one clear line and a non-zero exit code."""
+"""How a run ends when it cannot go on: the reason in clear words, and a non-zero exit code."""
 
 from __future__ import annotations
 
@@ -6,33 +6,45 @@ import os
 import sys
 from collections.abc import Callable
 
-USAGE_EXIT_CODE = 2
-"""Exit code of a run that a wrong input ended (argparse uses the same)."""
 
+class StopRun(Exception):
+    """A reason to end the run that the user should read; no traceback helps with it.
 
-class UserError(Exception):
-    """A wrong input, told in the user's words: which flag, which value, what to do.
-
-    Programs show its message as one line and no traceback; anything else that is raised is a fault
-    of ours or of the machine, and keeps its traceback.
+    Anything else that is raised is a fault of ours or of the machine, and keeps its traceback.
     """
+
+    exit_code = 1
+
+    def words(self) -> str:
+        """Gives the message as it is shown."""
+        return str(self)
+
+
+class UserError(StopRun):
+    """A wrong input, told in the user's words: which flag, which value, what to do. One line."""
+
+    exit_code = 2  # as argparse's
+
+    def words(self) -> str:
+        """Gives the message on one line, whatever it was put together from."""
+        return " ".join(str(self).split())
 
 
 def print_error(message: str) -> None:
-    """Prints one error line on standard error.
+    """Prints an error on standard error.
 
-    Every rank of a job stops on the same wrong input; only the first says why, or a thousand ranks
-    would print the line a thousand times.
+    All ranks of a job stop for the same reason; only the first says it, or a thousand ranks would
+    print it a thousand times.
 
     Args:
-        message: What is wrong and what to do. Line breaks are folded: the promise is one line.
+        message: What is wrong and what to do.
     """
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Runs a command's ``main`` and turns a :class:`UserError` into one line and exit code 2.
+    """Runs a command's ``main``; a :class:`StopRun` becomes its words and its exit code.
 
     Args:
         main: The program; returns its exit code, or None for 0.
@@ -42,9 +54,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main() or 0
-    except UserError as error:
-        print_error(str(error))
-        code = USAGE_EXIT_CODE
+    except StopRun as reason:
+        print_error(reason.words())
+        code = reason.exit_code
     except KeyboardInterrupt:
         print_error("interrupted")
         code = 130

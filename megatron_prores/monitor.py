@@ -31,3 +31,12 @@ def log_alphas(alphas: Alphas, iteration: int) -> None:
             writer.add_scalar(tag, value, iteration)
     if wandb_writer := get_wandb_writer():
         wandb_writer.log(scalars, iteration)
+
+
+def close_tensorboard() -> None:
+    """Writes what the TensorBoard writer still holds, such as the evaluation after training.
+
+    Megatron flushes it at the end of the training loop and never closes it.
+    """
+    if writer := get_tensorboard_writer():
+        writer.close()

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import functools
 import inspect
+import multiprocessing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import megatron.core
+import torch
 
 StepHook = Callable[[int], None]
 
 
-def _wrap(module: ModuleType, name: str, needs: tuple[str, ...], wrapper: Callable[..., Any]) -> None:
-    """Replaces ``module.name`` by ``wrapper(stock, arguments by name, args, kwargs)``."""
-    stock = getattr(module, name, None)
+def _wrap(
+    owner: ModuleType | type, name: str, needs: tuple[str, ...], wrapper: Callable[..., Any]
+) -> None:
+    """Replaces ``owner.name`` by ``wrapper(stock call, arguments by name)``."""
+    stock = getattr(owner, name, None)
     parameters = inspect.signature(stock).parameters if stock is not None else {}
     missing = [parameter for parameter in needs if parameter not in parameters]
     if stock is None or missing:
         raise RuntimeError(
-            f"megatron-core {megatron.core.__version__} has moved: {module.__name__}.{name} "
+            f"megatron-core {megatron.core.__version__} has moved: {owner.__name__}.{name} "
             f"{'has no parameter ' + ', '.join(missing) if missing else 'is gone'}. "
             "megatron_prores/upstream.py was written against 0.19.2."
         )
@@ -37,7 +41,7 @@ def _wrap(module: ModuleType, name: str, needs: tuple[str, ...], wrapper: Callab
         named = signature.bind(*args, **kwargs).arguments
         return wrapper(functools.partial(stock, *args, **kwargs), named)
 
-    setattr(module, name, replacement)
+    setattr(owner, name, replacement)
 
 
 def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None:
@@ -87,3 +91,54 @@ def use_prebuilt_dataset_helpers() -> None:
     except ImportError:
         return
     _wrap(utils, "compile_helpers", (), lambda stock, named: None)
+
+
+def let_torch_adam_resume() -> None:
+    """Lets the distributed optimizer load a checkpoint when it drives torch's own Adam.
+
+    That is so wherever neither Apex nor Transformer Engine is installed. Unlike theirs, torch's
+    Adam keeps its step count beside the moments of each parameter, and upstream's loading trips
+    over it three times: it asks an optimizer that has not stepped yet for its count; it looks for
+    the count among the tensors of the checkpoint, where it is not; and it hands one and the same
+    count to all parameters, whose every step would then add their number to it.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    owner = distrib_optimizer.DistributedOptimizer
+
+    def sharded_state_dict(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        adam = named["self"].optimizer
+        if named.get("is_loading") and not adam.state:
+            # As the first step would lay it out; the checkpoint overwrites it.
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                adam.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return stock()
+
+    def set_states(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        # Not a tensor: upstream passes over it, and the count of the parameter groups stays.
+        named["tensors"].setdefault("step", None)
+        return stock()
+
+    def load_state_dict(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        result = stock()
+        for state in named["self"].optimizer.state.values():
+            state["step"] = state["step"].clone()
+        return result
+
+    _wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict)
+    _wrap(owner, "_set_main_param_and_optimizer_states", ("self", "tensors"), set_states)
+    _wrap(owner, "load_state_dict", ("self",), load_state_dict)
+
+
+def fork_data_workers() -> None:
+    """Starts processes by fork, as Megatron's data loaders and checkpoint writers take for granted.
+
+    Their functions are local ones that cannot be pickled; Python 3.14 starts processes otherwise.
+    """
+    multiprocessing.set_start_method("fork", force=True)

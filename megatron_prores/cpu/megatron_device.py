@@ -36,5 +36,4 @@ def install() -> None:
     # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
-    random.logger = logging.getLogger(random.__name__)
-    random.logger.addFilter(_expected_on_cpu)
+    logging.getLogger(random.__name__).addFilter(_expected_on_cpu)

@@ -110,6 +110,9 @@ def _constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+_CURRENT_DEVICE = _constant(CPU)
+
+
 def _manual_seed(seed: int) -> None:
     # Not torch.manual_seed: that calls torch.cuda.manual_seed_all, which leads back here.
     torch.default_generator.manual_seed(int(seed))
@@ -145,7 +148,6 @@ def _tensor_type(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cuda_replacements() -> dict[str, Any]:
     """Lists what ``torch.cuda`` says on the CPU device, name by name."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     properties = SimpleNamespace(
         name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
     )
@@ -153,8 +155,8 @@ def _cuda_replacements() -> dict[str, Any]:
         # One device per local rank: upstream checks that each rank has one.
         "is_available": _constant(True),
         "is_initialized": _constant(True),
-        "device_count": _constant(local_ranks),
-        "current_device": _constant(CPU),
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": _CURRENT_DEVICE,
         "set_device": _nothing,
         "init": _nothing,
         "_lazy_init": _nothing,
@@ -190,7 +192,6 @@ def _cuda_replacements() -> dict[str, Any]:
         "initial_seed": lambda: torch.initial_seed(),
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
-        "default_generators": [torch.default_generator] * local_ranks,
         # Legacy tensor types, which upstream compares with Tensor.type().
         "FloatTensor": torch.FloatTensor,
         "HalfTensor": torch.HalfTensor,
@@ -224,10 +225,14 @@ def _replace_distributed() -> None:
 
 
 def install() -> None:
-    """Replaces CUDA by the CPU in this process, for good.
+    """Replaces CUDA by the CPU in this process, for good; a second call does nothing.
 
     Must run before Megatron is imported: its modules bind names of ``torch.cuda`` at import.
     """
+    if torch.cuda.current_device is _CURRENT_DEVICE:
+        return
+    # Upstream's flag checks ask for it wherever tensor parallelism overlaps with communication.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for name, value in _cuda_replacements().items():
         setattr(torch.cuda, name, value)
     for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):

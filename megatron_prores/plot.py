@@ -1,0 +1,238 @@
+"""One picture of a run: its losses, and below them how the layers' residual branches opened."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_prores.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAIN_TAG = "lm loss"
+VALID_TAG = "lm loss validation"
+ALPHA_TAG = re.compile(r"prores/alpha/layer_(\d+)")
+
+_TRAIN_COLOR = "#2a6f97"
+_VALID_COLOR = "#d1495b"
+_SMOOTHED_ABOVE = 200
+"""Points from which the eye needs a smoothed line over the raw one."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A scalar over iterations."""
+
+    steps: npt.NDArray[np.int64]
+    """Iterations, rising."""
+    values: npt.NDArray[np.float64]
+
+
+def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
+    """Reads every scalar of a run, resumed or not.
+
+    Args:
+        tensorboard_dir: The run's ``--tensorboard-dir``. Where several event files hold the same
+            iteration (a run resumed from a checkpoint repeats some), the one written later counts.
+
+    Returns:
+        The scalars by tag.
+
+    Raises:
+        UserError: The folder is missing or holds no scalar.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    if not tensorboard_dir.is_dir():
+        raise UserError(f"--tensorboard-dir {tensorboard_dir}: no such folder")
+    files = sorted(tensorboard_dir.glob("*tfevents*"))
+    if not files:
+        raise UserError(
+            f"--tensorboard-dir {tensorboard_dir}: no TensorBoard event files (*tfevents*) in it"
+        )
+    # (when written, value) by tag and iteration. File by file: read together, the library would
+    # drop events that it takes for leftovers of a restart.
+    points: dict[str, dict[int, tuple[float, float]]] = {}
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            by_step = points.setdefault(tag, {})
+            for event in events.Scalars(tag):
+                written = (event.wall_time, event.value)
+                if event.step not in by_step or by_step[event.step][0] <= event.wall_time:
+                    by_step[event.step] = written
+    if not points:
+        raise UserError(f"--tensorboard-dir {tensorboard_dir}: its event files hold no scalars")
+    return {tag: _series(by_step) for tag, by_step in points.items()}
+
+
+def alpha_matrix(
+    scalars: Mapping[str, Series],
+) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.float64]] | None:
+    """Arranges the layers' alphas for a heat map.
+
+    Args:
+        scalars: As :func:`read_scalars` returns them.
+
+    Returns:
+        The layer numbers, the iterations and alpha per layer and iteration (a layer keeps its last
+        value between two records), or None when the run logged no alpha.
+    """
+    layers = {
+        int(match[1]): series
+        for tag, series in scalars.items()
+        if (match := ALPHA_TAG.fullmatch(tag))
+    }
+    if not layers:
+        return None
+    steps = np.unique(np.concatenate([series.steps for series in layers.values()]))
+    matrix = np.full((len(layers), len(steps)), np.nan)
+    for row, number in enumerate(sorted(layers)):
+        series = layers[number]
+        latest = np.searchsorted(series.steps, steps, side="right") - 1
+        known = latest >= 0
+        matrix[row, known] = series.values[latest[known]]
+    return sorted(layers), steps, matrix
+
+
+def draw_run(scalars: Mapping[str, Series], title: str | None = None) -> Figure:
+    """Draws losses over iterations and, where alphas were logged, their heat map below.
+
+    Args:
+        scalars: As :func:`read_scalars` returns them.
+        title: Shown on top.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: Neither a training nor a validation loss was logged.
+    """
+    # Figure itself, not pyplot: no window system, no global state, nothing to close.
+    from matplotlib.figure import Figure
+
+    alphas = alpha_matrix(scalars)
+    figure = Figure(figsize=(8, 5.6 if alphas else 3.6), layout="constrained", facecolor="white")
+    if alphas:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        _draw_alphas(figure, lower, *alphas)
+        lower.set_xlabel("iteration")
+    else:
+        upper = figure.subplots()
+        upper.set_xlabel("iteration")
+    _draw_losses(upper, scalars)
+    if title:
+        figure.suptitle(title, fontsize=12, fontweight="bold")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``tools/plot_run.py``.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Raises:
+        UserError: The logs or the output are not usable.
+    """
+    parser = argparse.ArgumentParser(
+        description="Draw a run's losses and the warm-up of its layers from its TensorBoard logs."
+    )
+    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="the run's event files")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write, .png")
+    parser.add_argument("--title", help="line on top of the picture")
+    args = parser.parse_args(argv)
+    if args.output.suffix.lower() != ".png" or args.output.is_dir():
+        raise UserError(f"--output {args.output} must name a .png file")
+    figure = draw_run(read_scalars(args.tensorboard_dir), args.title)
+    _save(figure, args.output)
+    print(args.output)
+
+
+def _series(by_step: Mapping[int, tuple[float, float]]) -> Series:
+    steps = sorted(by_step)
+    return Series(np.array(steps, np.int64), np.array([by_step[step][1] for step in steps]))
+
+
+def _draw_losses(axes: Axes, scalars: Mapping[str, Series]) -> None:
+    train, valid = scalars.get(TRAIN_TAG), scalars.get(VALID_TAG)
+    if train is None and valid is None:
+        raise UserError(
+            f"no loss in these logs: neither the tag {TRAIN_TAG!r} nor {VALID_TAG!r} "
+            f"(found {len(scalars)} other tags)"
+        )
+    if train is not None:
+        many = len(train.steps) > _SMOOTHED_ABOVE
+        raw: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if many else {"label": "training"}
+        axes.plot(train.steps, train.values, color=_TRAIN_COLOR, **raw)
+        if many:
+            smooth = _smooth(train.values, len(train.steps) // 50)
+            axes.plot(train.steps, smooth, color=_TRAIN_COLOR, label="training (smoothed)")
+    if valid is not None:
+        axes.plot(
+            valid.steps, valid.values, color=_VALID_COLOR, label="validation",
+            marker="o", markersize=4, markeredgecolor="white", markeredgewidth=0.6,
+        )  # fmt: skip
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_alphas(
+    figure: Figure,
+    axes: Axes,
+    layers: Sequence[int],
+    steps: npt.NDArray[np.int64],
+    matrix: npt.NDArray[np.float64],
+) -> None:
+    # A record holds until the next one; the last is drawn as wide as the one before it.
+    last = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
+    rows = np.arange(len(layers) + 1) + 0.5
+    image = axes.pcolormesh(
+        np.append(steps, last), rows, matrix, cmap="viridis", vmin=0, vmax=1, rasterized=True
+    )
+    stride = math.ceil(len(layers) / 12)
+    axes.set_yticks(np.arange(1, len(layers) + 1)[::stride], [str(n) for n in layers][::stride])
+    axes.set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="residual scale α", pad=0.015, ticks=[0, 0.5, 1])
+
+
+def _smooth(values: npt.NDArray[np.float64], span: int) -> npt.NDArray[np.float64]:
+    """Centred mean over about ``span`` points, narrower at the ends, blind to inf and NaN."""
+    half = max(span // 2, 1)
+    finite = np.isfinite(values)
+    sums = np.cumsum(np.append(0.0, np.where(finite, values, 0.0)))
+    counts = np.cumsum(np.append(0, finite))
+    index = np.arange(len(values))
+    # Symmetric, so that a falling curve is not pulled up or down where the window is cut.
+    reach = np.minimum(half, np.minimum(index, index[::-1]))
+    count = counts[index + reach + 1] - counts[index - reach]
+    total = sums[index + reach + 1] - sums[index - reach]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _save(figure: Figure, output: Path) -> None:
+    staged = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(staged, format="png", dpi=160)
+        os.replace(staged, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write: {error.strerror}") from error
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,37 @@
+"""Faults to plant in a job: each is called in every rank before the main program."""
+
+from __future__ import annotations
+
+
+def number_layers_by_stage() -> None:
+    """Each pipeline stage counts its layers from 1."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_prores.layer import ProResLayerMixin
+
+    def local_number(layer: ProResLayerMixin) -> int:
+        return layer.layer_number - get_transformer_layer_offset(layer.config)
+
+    ProResLayerMixin.prores_layer = property(local_number)
+
+
+def number_layers_by_stage_unaudited() -> None:
+    """The same, with nobody looking."""
+    from megatron_prores import training
+
+    number_layers_by_stage()
+    training.audit = lambda warmup, step: ""
+
+
+def forget_alpha_in_deepest_layer() -> None:
+    """The deepest layer trains without warmup, and no audit looks."""
+    from megatron_prores import training
+    from megatron_prores.layer import ProResLayerMixin
+
+    stock = ProResLayerMixin.set_alpha
+
+    def set_alpha(layer: ProResLayerMixin, value: float) -> None:
+        stock(layer, 1.0 if layer.layer_number == 4 else value)
+
+    ProResLayerMixin.set_alpha = set_alpha
+    training.audit = lambda warmup, step: ""

@@ -1,0 +1,198 @@
+"""Starts the ranks of a job as real processes, without paying for Megatron's imports each time.
+
+A fork server imports the CPU device and Megatron once; every rank is forked from it, with an
+environment and a process group of its own, and runs the real main program or a function of a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAIN_PROGRAM = REPOSITORY / "pretrain_gpt_prores.py"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.distributed.preload"])
+
+
+@dataclass
+class Job:
+    """What a finished job left behind."""
+
+    exit_codes: list[int | None]
+    output: str
+    directory: Path
+    alphas: list[dict[int, dict[int, float]]] = field(default_factory=list)
+    """Per rank: step -> layer -> the value of the layer's alpha tensor when the step ran."""
+
+    @property
+    def succeeded(self) -> bool:
+        return all(code == 0 for code in self.exit_codes)
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """Reads a TensorBoard scalar: iteration -> value, in the float32 that Megatron wrote."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0})
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    def tags(self) -> set[str]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0})
+        events.Reload()
+        return set(events.Tags()["scalars"])
+
+    def alphas_by_step(self) -> dict[int, dict[int, float]]:
+        """Merges what all ranks held, step -> layer -> alpha; the ranks must not disagree."""
+        merged: dict[int, dict[int, float]] = {}
+        for rank in self.alphas:
+            for step, held in rank.items():
+                for layer, alpha in held.items():
+                    assert merged.setdefault(step, {}).setdefault(layer, alpha) == alpha
+        return {step: dict(sorted(held.items())) for step, held in merged.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    directory: str,
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        WANDB_MODE="offline",
+    )
+    log = os.open(Path(directory, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    _record_alphas(Path(directory, f"alphas{rank}.jsonl"))
+    try:
+        function(*args)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def _run_program(program: str, argv: Sequence[str], prepare: Callable[[], None] | None) -> None:
+    sys.argv = [program, *argv]
+    if prepare is not None:
+        prepare()
+    runpy.run_path(program, run_name="__main__")
+
+
+def _record_alphas(path: Path) -> None:
+    """Writes down what the layers of this rank really hold, each time that alpha was set."""
+    from megatron_prores.training import ProResRun
+
+    stock = ProResRun.before_forward
+
+    def before_forward(run: ProResRun, step: int) -> None:
+        stock(run, step)
+        assert run.warmup is not None
+        held = {
+            layer.prores_layer: layer.alpha.item() for chunk in run.warmup.chunks for layer in chunk
+        }
+        with path.open("a") as file:
+            file.write(json.dumps([step, held]) + "\n")
+
+    ProResRun.before_forward = before_forward  # type: ignore[method-assign]
+
+
+def run_ranks(
+    directory: Path,
+    function: Callable[..., None],
+    args: tuple[Any, ...] = (),
+    ranks: int = 1,
+    timeout: float = 240.0,
+) -> Job:
+    """Calls ``function(*args)`` in each of ``ranks`` processes and waits for all of them.
+
+    Args:
+        directory: Where logs and scalars go.
+        function: Top-level, as it is pickled by name.
+        args: Its arguments.
+        ranks: World size.
+        timeout: Seconds, after which all ranks are killed; the test then sees exit code None.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    processes = [
+        _context.Process(
+            target=_rank_main, args=(rank, ranks, port, str(directory), function, args)
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        # Like torchrun: one failed rank ends the others.
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 10.0)
+        time.sleep(0.05)
+    exit_codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    output = "".join((directory / f"rank{rank}.log").read_text() for rank in range(ranks))
+    return Job(exit_codes, output, directory, [_read(directory, rank) for rank in range(ranks)])
+
+
+def run_job(
+    directory: Path,
+    argv: Sequence[str],
+    ranks: int = 1,
+    program: Path = MAIN_PROGRAM,
+    prepare: Callable[[], None] | None = None,
+) -> Job:
+    """Runs the main program, or another, on ``ranks`` processes.
+
+    Args:
+        directory: Where logs and scalars go.
+        argv: Its command line; TensorBoard is added.
+        ranks: World size.
+        program: The program to run.
+        prepare: Called in each rank before the program, to plant a fault.
+    """
+    argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]
+    return run_ranks(directory, _run_program, (str(program), argv, prepare), ranks)
+
+
+def _read(directory: Path, rank: int) -> dict[int, dict[int, float]]:
+    recorded: dict[int, dict[int, float]] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (directory / f"alphas{rank}.jsonl").read_text().splitlines():
+            step, held = json.loads(line)
+            recorded[step] = {int(layer): alpha for layer, alpha in held.items()}
+    return recorded

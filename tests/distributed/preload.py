@@ -1,0 +1,12 @@
+"""What the fork server imports once, so that each rank need not."""
+
+from megatron_prores import device
+
+device.prepare("cpu")
+
+import megatron.training  # noqa: E402, F401
+import tensorboard.summary.writer.event_file_writer  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
+
+import megatron_prores.gpt  # noqa: E402
+import megatron_prores.training  # noqa: E402, F401
