@@ -36,7 +36,7 @@ def main() -> None:
     upstream.fork_data_workers()
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()
-    args = parse_args()
+    args = parse_args(device_name)
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     pretrain(
         config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step

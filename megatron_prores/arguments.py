@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import linecache
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -99,11 +98,14 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
     return prores_config(args), args.device
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(device: str) -> argparse.Namespace:
     """Parses and validates the whole command line with Megatron's own parser.
 
     Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
     ``parse_and_validate_args``.
+
+    Args:
+        device: "cuda" or "cpu", as :func:`read_prores_flags` gave it; the CPU has other defaults.
 
     Returns:
         Megatron's arguments.
@@ -119,7 +121,7 @@ def parse_args() -> argparse.Namespace:
         # Not a subclass: Megatron makes the parser itself.
         parser.error = _Parser.error.__get__(parser)  # type: ignore[method-assign]
         add_prores_args(parser)
-        if "cpu" in read_prores_flags(sys.argv[1:]):
+        if device == "cpu":
             from megatron_prores.cpu.flags import set_defaults
 
             set_defaults(parser)

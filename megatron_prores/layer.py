@@ -74,7 +74,6 @@ class ProResLayerMixin:
         self._alpha_value = 1.0
         # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
         self._always_scale = self.config.cuda_graph_impl != "none"  # type: ignore[attr-defined]
-        # Partials of a method, not closures: a deep copy of the layer reads its own alpha.
         self.self_attn_bda = partial(self._get_bda, self.self_attn_bda)  # type: ignore[has-type]
         self.mlp_bda = partial(self._get_bda, self.mlp_bda)  # type: ignore[has-type]
 

@@ -7,13 +7,13 @@
 #
 # Everything it has to say goes to standard error. When nothing is to be done it takes well under a
 # second. The first time it makes a virtual environment with the exact versions of constraints.txt:
-# about 6 GB on disk, 10 GB while it installs. A set-up that was interrupted is made anew by the next.
+# about 6 GB on disk, 10 GB while it installs. An interrupted set-up is made anew by the next.
 #
 # The Python that runs already is taken as it is, and nothing is made, when it has all that
 # pyproject.toml asks for (its "dependencies" and "dev" extra). So a container keeps its own torch.
 #
 # Settings (environment variables):
-#   PRORES_PYTHON  The Python to use (a path or a command); else one is looked for: 3.12, 3.13, newer.
+#   PRORES_PYTHON  The Python to use (path or command); else one is looked for: 3.12, 3.13, newer.
 #   PRORES_VENV    Where the virtual environment goes; else .venv in this clone. With it set, the
 #                  Python that runs already is not looked at. Clones may share one: the project itself
 #                  is not installed into it, each clone's code is found through PYTHONPATH.
@@ -38,6 +38,9 @@ mark=$venv/.prores-setup.lock
 stamp=$venv/.prores-setup.stamp
 log=$venv/setup.log
 
+# Measured: 6 GB when done, and 3 GB of downloads that pip keeps until all is unpacked.
+needed_gb=10
+
 # Whose packages count: the environment's own alone, or first those of the Python it is made from.
 mode=own
 # The modules that this Python must have. Debian's python3.12 lacks ensurepip until python3.12-venv
@@ -45,15 +48,15 @@ mode=own
 needed_modules=(venv ensurepip ssl ctypes zlib)
 if [[ ${PRORES_SYSTEM_SITE_PACKAGES:-0} == 1 ]]; then
   mode=system
+  needed_gb=2
   needed_modules=(venv pip)
 fi
 
-# Measured: 5.8 GB when done, and 3.1 GB of downloads that pip keeps until all is unpacked.
-needed_gb=10
 # An update in place seldom changes more than a few packages.
 needed_gb_update=2
 
 wanted_version='' # of PRORES_PYTHON, such as 3.12; empty when any will do
+torch_note=''     # that the Python that runs already has a torch, and what it lacks
 pip_pid=''
 
 main() {
@@ -197,22 +200,18 @@ answer_if_ready() {
 
 # Takes the Python that runs already when it has everything.
 answer_with_active_python() {
-  local python lacking prefix
-  python=$(active_python) || return 0
+  local python prefix lacking
+  { read -r python && read -r prefix; } < <(active_python) || return 0
   # Our own environment, activated, is judged by its stamp: it must follow constraints.txt.
-  prefix=$("$python" -c 'import sys; print(sys.prefix)')
   [[ ! $prefix -ef $venv ]] || return 0
   lacking=$(project "$python" missing 2>/dev/null) || return 0
   if [[ -z $lacking ]]; then
-    python=$("$python" -c 'import sys; print(sys.executable)')
     say "taking $python as it is: it has everything"
     answer "$python"
   fi
-  if [[ $mode == own ]] && "$python" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null
-  then
-    say "$python has torch, but lacks: ${lacking//$'\n'/, }"
-    say "so an environment with a torch of its own is used; to build on that torch instead, set"
-    say "PRORES_SYSTEM_SITE_PACKAGES=1, or install what is lacking with its pip"
+  # Not said yet: the environment may be there already.
+  if [[ ! $lacking =~ (^|$'\n')torch[^a-z-] ]]; then
+    torch_note="$python has torch, but lacks: ${lacking//$'\n'/, }"
   fi
 }
 
@@ -226,7 +225,7 @@ refuse_foreign_directory() {
     answer "$venv_python"
   fi
   die 2 "$venv was not made by this script, and is not an environment that has everything:" \
-    "remove it, or name another place in PRORES_VENV"
+    "name another place in PRORES_VENV, or remove it if it holds nothing of yours"
 }
 
 # ---- Finding a Python --------------------------------------------------------------------------
@@ -254,13 +253,13 @@ print("%d.%d" % sys.version_info[:2])
 ' "${@:2}" </dev/null 2>/dev/null
 }
 
-# The Python that the user's shell would run, if it is new enough.
+# The Python that the user's shell would run, if it is new enough: prints its path, then its prefix.
 active_python() {
   local name
   for name in ${PRORES_PYTHON:+"$PRORES_PYTHON"} python3 python; do
     # PYTHONPATH counts here: what is found through it is there to be used.
-    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 12))' </dev/null 2>/dev/null; then
-      echo "$name"
+    if "$name" -c 'import sys; sys.version_info < (3, 12) and sys.exit(1)
+print(sys.executable); print(sys.prefix)' </dev/null 2>/dev/null; then
       return
     fi
   done
@@ -309,7 +308,7 @@ find_base_python() {
     else
       refused+="  $candidate ${answer:-does not run}"$'\n'
     fi
-  done < <(if [[ $mode == own ]]; then list_pythons; else type -P "$(active_python)"; fi | unique)
+  done < <(if [[ $mode == own ]]; then list_pythons; else active_python | head -n 1; fi | unique)
   if [[ -z $best ]]; then
     explain_no_python "$refused"
     exit 1
@@ -377,19 +376,32 @@ check_disk_space() {
 
 # make_venv PYTHON: an empty virtual environment, in place of what a broken-off set-up left.
 make_venv() {
-  local options=()
+  local python options=()
   if [[ -n $(find "$venv" -mindepth 1 -maxdepth 1 ! -path "$mark" | head -n 1) ]]; then
     say "$venv is half-made, or no longer works: making it anew"
     find "$venv" -mindepth 1 -maxdepth 1 ! -path "$mark" -exec rm -rf {} +
   fi
-  check_disk_space "$needed_gb"
+  if [[ -n $torch_note && $mode == own ]]; then
+    say "$torch_note"
+    say "so an environment with a torch of its own is made; to build on that torch instead, set"
+    say "PRORES_SYSTEM_SITE_PACKAGES=1, or install what is lacking with its pip"
+  fi
   say "making a virtual environment in $venv from $1"
+  check_disk_space "$needed_gb"
+  # Not by way of a symbolic link: from one outside its own folder, a Python makes an environment
+  # that may take another Python's packages for the system's.
+  python=$("$1" -c 'import os, sys; print(os.path.realpath(sys.executable))')
   [[ $mode == own ]] || options=(--system-site-packages --without-pip)
   # An empty array is an unset variable to older bashes, hence the ${...+...}.
-  env -u PYTHONPATH "$1" -m venv ${options[@]+"${options[@]}"} "$venv" >"$log" 2>&1 </dev/null || {
+  env -u PYTHONPATH "$python" -m venv ${options[@]+"${options[@]}"} "$venv" >"$log" 2>&1 </dev/null || {
     tail -n 15 "$log" >&2
     die 1 "$1 could not make a virtual environment in $venv"
   }
+  # Or pip would install a second torch over the one that was to be kept.
+  if [[ $mode == system && $(project "$venv_python" missing) != "$(project "$1" missing)" ]]; then
+    die 1 "an environment made from $1 does not see all of its packages (it may be a virtual" \
+      "environment itself): install what is lacking with its own pip"
+  fi
 }
 
 install_requirements() {
@@ -418,9 +430,9 @@ install_requirements() {
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  TMPDIR=$venv/tmp "$venv_python" -m pip install --disable-pip-version-check --no-input \
-    --constraint "$constraints" --requirement "$requirements" \
-    >"$log" 2>&1 </dev/null 3>&- &
+  TMPDIR=$venv/tmp "$venv_python" -m pip install \
+    --disable-pip-version-check --no-input --progress-bar off --constraint "$constraints" \
+    --requirement "$requirements" >"$log" 2>&1 </dev/null 3>&- &
   pip_pid=$!
   wait_for_pip
   rm -rf "$venv/tmp"

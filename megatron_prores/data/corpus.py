@@ -61,10 +61,12 @@ class Collection:
             prefix: Put before the relative path in :attr:`SourceFile.source`.
         """
         for path in sorted(_text_files(root)):
+            source = prefix + path.relative_to(root).as_posix()
             try:
                 content = path.read_bytes()
                 text = content.decode("utf-8")
-            except UnicodeDecodeError:
+                source.encode("utf-8")
+            except UnicodeError:
                 self.undecodable += 1
                 continue
             except OSError:  # A dangling link or a file without read permission.
@@ -76,7 +78,6 @@ class Collection:
                 self.duplicates += 1
                 continue
             self._seen.add(digest)
-            source = prefix + path.relative_to(root).as_posix()
             self.files.append(SourceFile(source, text, len(content)))
 
 
@@ -117,7 +118,7 @@ def collect(
 
 
 def cap(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
-    """Keeps a fair sample of at most ``max_bytes``: a first part in alphabet would be all one kind.
+    """Keeps a fair sample of at most ``max_bytes``: a first part of the alphabet would be one kind.
 
     Args:
         files: The files in their order.

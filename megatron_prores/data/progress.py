@@ -32,6 +32,7 @@ class Progress:
         self._last_documents = 0
         self._bar = None
         if sys.stderr.isatty():
+            tqdm.monitor_interval = 0  # Its watcher is a thread, and worker processes are forked.
             self._bar = tqdm(
                 total=disk_bytes, desc=title, unit="B", unit_scale=True, dynamic_ncols=True
             )

@@ -1,0 +1,85 @@
+"""Single layers for tests of the residual hook, built from the real spec in a rank process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_prores.specs import prores_layer_spec
+
+SEQUENCE, BATCH, HIDDEN = 16, 2, 32
+
+
+def initialize() -> None:
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+
+def build_layer(
+    prores: bool,
+    layer_number: int = 2,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    experts: int | None = None,
+    **config: object,
+) -> torch.nn.Module:
+    """Builds one layer of a 4-layer model, its weights from the same seed every time."""
+    transformer = TransformerConfig(
+        num_layers=4,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=dropout,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=32 if experts else None,
+        transformer_impl="local",
+        **config,
+    )
+    model = GPTModelConfig(transformer=transformer, vocab_size=128)
+    spec = (prores_layer_spec if prores else partial(default_layer_spec, vp_stage=None))(model)
+    if isinstance(spec, TransformerBlockSubmodules):
+        spec = spec.layer_specs[0]
+    tensor_parallel.random._CUDA_RNG_STATE_TRACKER.reset()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    torch.manual_seed(1234)
+    layer = build_module(spec, config=transformer, layer_number=layer_number)
+    return layer.to(dtype)
+
+
+def hidden_states(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Gives a residual stream [s, b, h]."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+    return values.to(dtype).requires_grad_()
+
+
+def run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Runs the layer with causal attention."""
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    torch.manual_seed(7)
+    tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    output, _ = layer(x, attention_mask=mask)
+    return output
+
+
+def grow(layer: torch.nn.Module) -> None:
+    """Gives branches the size of a trained model's, so that no comparison drowns in the stream."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(20.0)

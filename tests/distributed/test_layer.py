@@ -1,0 +1,161 @@
+"""The layer with the residual hook, alone: x + alpha F(N(x))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_ranks
+
+
+def check_closed_layer_is_the_identity(experts: int | None) -> None:
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True, experts=experts)
+    layers.grow(layer)
+    x = layers.hidden_states()
+    layer.set_alpha(0.0)
+    output = layers.run(layer, x)
+    assert torch.equal(output, x)
+    output.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x)
+    branch = [p for name, p in layer.named_parameters() if "norm" not in name]
+    assert branch
+    # An expert that was given no token has no gradient at all.
+    assert all(p.grad is None or not p.grad.any() for p in branch)
+
+    layer.zero_grad()
+    layer.set_alpha(1e-3)
+    layers.run(layer, x).square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in branch)
+
+
+def check_alpha_scales_both_branches() -> None:
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True)
+    stock = layers.build_layer(prores=False)
+    for ours, theirs in zip(layer.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    layers.grow(layer)
+    layers.grow(stock)
+    x = layers.hidden_states()
+
+    def branch(module: torch.nn.Module, stream: torch.Tensor, name: str) -> torch.Tensor:
+        """F(N(x)) of the stock layer: what it adds when its other branch adds nothing."""
+        other = {"self_attention": "mlp.linear_fc2", "mlp": "self_attention.linear_proj"}[name]
+        weight = module.get_submodule(other).weight
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+            output = layers.run(module, stream) - stream
+            weight.copy_(kept)
+        return output
+
+    for alpha in (0.25, 0.6):
+        layer.set_alpha(alpha)
+        middle = x + alpha * branch(stock, x, "self_attention")
+        expected = middle + alpha * branch(stock, middle, "mlp")
+        torch.testing.assert_close(layers.run(layer, x), expected, rtol=1e-5, atol=1e-6)
+    layer.set_alpha(1.0)
+    assert torch.equal(layers.run(layer, x), layers.run(stock, x))
+
+
+def check_scaled_path_at_one_is_stock(dtype: torch.dtype, fused: bool, dropout: float) -> None:
+    """Under a captured graph the scaled path stays in use when the layer is open."""
+    from tests.distributed import layers
+
+    layers.initialize()
+    kwargs = {"dtype": dtype, "dropout": dropout, "bias_dropout_fusion": fused}
+    layer = layers.build_layer(prores=True, **kwargs)
+    stock = layers.build_layer(prores=False, **kwargs)
+    layer._always_scale = True
+    for training in (True, False):
+        layer.train(training)
+        stock.train(training)
+        x = layers.hidden_states(dtype)
+        with torch.set_grad_enabled(training):
+            assert torch.equal(layers.run(layer, x), layers.run(stock, x))
+
+
+def check_no_extra_activation_is_kept(dtype: torch.dtype) -> None:
+    from tests.distributed import layers
+
+    layers.initialize()
+
+    def kept_bytes(layer: torch.nn.Module) -> int:
+        """Counts what the graph keeps alive beyond the layer's own state and its input."""
+        x = layers.hidden_states(dtype)
+        own = [*layer.parameters(), *layer.buffers(), x]
+        if hasattr(layer, "alpha"):
+            own.append(layer.alpha)
+        known = {tensor.untyped_storage().data_ptr() for tensor in own}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = layers.run(layer, x)
+        del output
+        return sum(storage.nbytes() for storage in kept.values())
+
+    stock = kept_bytes(layers.build_layer(prores=False, dtype=dtype, dropout=0.1))
+    layer = layers.build_layer(prores=True, dtype=dtype, dropout=0.1)
+    assert stock > 0
+    for alpha in (0.0, 0.3, 1.0):
+        layer.set_alpha(alpha)
+        assert kept_bytes(layer) == stock
+
+
+def check_alpha_is_no_weight() -> None:
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True)
+    stock = layers.build_layer(prores=False)
+    assert layer.state_dict().keys() == stock.state_dict().keys()
+    assert layer.sharded_state_dict().keys() == stock.sharded_state_dict().keys()
+    names = [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]]
+    assert not any("alpha" in name for name in names)
+
+    tensor = layer.alpha
+    layer.set_alpha(1.0 / 3.0)
+    assert layer.alpha is tensor
+    assert tensor.item() == pytest.approx(1 / 3, rel=1e-7)
+    assert layer.bfloat16().alpha is tensor
+    assert tensor.dtype == torch.float32
+
+    layer.set_alpha(0.0)
+    x = layers.hidden_states(torch.bfloat16)
+    assert torch.equal(layers.run(layer, x), x)
+
+
+CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
+    (check_closed_layer_is_the_identity, (None,)),
+    (check_closed_layer_is_the_identity, (4,)),
+    (check_alpha_scales_both_branches, ()),
+    (check_scaled_path_at_one_is_stock, (torch.float32, False, 0.1)),
+    (check_scaled_path_at_one_is_stock, (torch.bfloat16, True, 0.1)),
+    (check_no_extra_activation_is_kept, (torch.float32,)),
+    (check_no_extra_activation_is_kept, (torch.bfloat16,)),
+    (check_alpha_is_no_weight, ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "args"),
+    CHECKS,
+    ids=[" ".join([check.__name__, *map(str, args)]) for check, args in CHECKS],
+)
+def test_layer(check: Callable[..., None], args: tuple[object, ...], tmp_path: Path) -> None:
+    job = run_ranks(tmp_path, check, args)
+    assert job.succeeded, job.output[-3000:]

@@ -1,0 +1,164 @@
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import zstandard
+
+from megatron_prores.data import megatron_tokenizer, tokenizer
+from megatron_prores.data.progress import Progress
+from megatron_prores.errors import UserError
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
+
+TEXTS = [Path(module.__file__ or "").read_text() for module in (argparse, gzip, json)]
+
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "  leading, trailing  ",
+    "def f(x):\n    if x:\n\treturn  x\n\n\n",
+    "\r\nold \r lines\r\n",
+    "a▁b ▁▁ \u2581",
+    "\ue000 \ue001 \ue000\ue001 \ue000\ue000▁\ue001",
+    "日本語 żółw 🎉👩\u200d👧 e\u0301 é ﬁ Å",
+    "<s> </s> <unk> <0x0A> <0x41>",
+    "\0nul\0 \x07 \ufeff \ufffd ▅ \u2028",
+    "١٢٣ 12345 ½",
+]
+
+
+def run_tool(
+    cwd: Path, *args: object, stdin: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-B", str(TOOL), *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=60, env=env
+    )
+
+
+def jsonl(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.fixture(scope="module", params=tokenizer.MODEL_TYPES)
+def model(request: pytest.FixtureRequest) -> bytes:
+    return tokenizer.train_model(TEXTS, 600, request.param)
+
+
+def test_every_text_is_decoded_back_exactly(model: bytes) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in [*AWKWARD, *TEXTS, "".join(AWKWARD)]:
+        ids = processor.encode(text)
+        assert processor.decode(ids) == text
+        # Text that looks like a special token must not become one.
+        assert not {0, 1, 2} & set(ids)
+
+
+def test_vocabulary_has_the_asked_size_and_the_special_tokens_megatron_needs(
+    model: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.model"
+    path.write_bytes(model)
+    parser = argparse.ArgumentParser()
+    megatron_tokenizer.add_tokenizer_arguments(parser)
+    args = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(path)]
+    built: Any = megatron_tokenizer.build_megatron_tokenizer(parser.parse_args(args))
+    assert built.vocab_size == 600
+    assert (built.unk, built.bos, built.eos) == (0, 1, 2)
+    assert megatron_tokenizer.end_of_document_id(built) == 2
+    for text in AWKWARD[1:]:
+        assert built.detokenize(built.tokenize(text)) == text
+
+
+def test_an_indentation_is_one_token_and_a_piece_never_spans_lines(model: bytes) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert len(processor.encode(" " * 8)) == 1
+    pieces = [processor.id_to_piece(i) for i in range(len(processor))]
+    assert [piece for piece in pieces if "\n" in piece] == ["\n"]
+
+
+def test_the_same_texts_give_the_same_file_whatever_their_packing(tmp_path: Path) -> None:
+    lines = jsonl(TEXTS).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    half = len(lines) // 2
+    frames = [zstandard.compress(part) for part in (lines[:half], lines[half:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    models, outputs = [], tmp_path / "outputs"
+    scratch, cwd = tmp_path / "scratch", tmp_path / "cwd"
+    scratch.mkdir()
+    cwd.mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        prefix = outputs / name
+        args = ["--input", tmp_path / name, "--vocab-size", 600, "--output-prefix", prefix]
+        result = run_tool(cwd, *args, env={**os.environ, "TMPDIR": str(scratch)})
+        assert result.returncode == 0, result.stderr
+        models.append((outputs / f"{name}.model").read_bytes())
+    assert models[0] == models[1] == models[2]
+    # Nothing but the three models is left anywhere.
+    assert len(list(outputs.iterdir())) == 3
+    assert not [*cwd.iterdir(), *scratch.iterdir()]
+
+
+def test_a_sample_is_even_fixed_and_within_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text(jsonl([f"{number:05}" + "x" * 95 for number in range(2000)]))
+    samples = [
+        tokenizer.sample_documents([str(path)], "text", 20_000, Progress("reading", None))
+        for _ in range(2)
+    ]
+    assert samples[0] == samples[1] == sorted(samples[0])
+    numbers = [int(text[:5]) for text in samples[0]]
+    assert len(numbers) == 200
+    assert 700 < sum(numbers) / len(numbers) < 1300
+
+
+@pytest.mark.parametrize(
+    ("stdin", "args", "words"),
+    [
+        (jsonl(["few words"]), ["--vocab-size", "4000"], ["--vocab-size 4000", "too large"]),
+        (jsonl(["few words"]), ["--vocab-size", "100"], ["--vocab-size 100", "too small"]),
+        (jsonl(["few words"]), ["--vocab-size", "0"], ["--vocab-size 0"]),
+        ("", ["--vocab-size", "300"], ["no text", "'text'"]),
+        ('{"body": "x"}\n', ["--vocab-size", "300"], ["standard input:1", "'text'", "'body'"]),
+        ('{"text": "\\ud800"}\n', ["--vocab-size", "300"], ["standard input:1"]),
+        ("", ["--vocab-size", "300", "--input", "missing.jsonl"], ["--input missing.jsonl"]),
+        ("", ["--vocab-size", "300", "--input", "cut.gz"], ["cut.gz", "incomplete"]),
+        ("", ["--vocab-size", "300", "--input", "cut.zst"], ["cut.zst", "incomplete"]),
+    ],
+)
+def test_a_wrong_input_ends_with_one_line_and_the_old_model_stays(
+    tmp_path: Path, stdin: str, args: list[str], words: list[str]
+) -> None:
+    whole = jsonl(TEXTS).encode()
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(whole)[:-100])
+    (tmp_path / "cut.zst").write_bytes(zstandard.compress(whole)[:-100])
+    old = tmp_path / "old.model"
+    old.write_text("old")
+    result = run_tool(tmp_path, "--input", "-", "--output", old, "--overwrite", *args, stdin=stdin)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert old.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"cut.gz", "cut.zst", "old.model"}
+
+
+def test_an_existing_model_needs_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "old.model").write_text("old")
+    (tmp_path / "a.jsonl").write_text(jsonl(TEXTS))
+    args = ["--input", str(tmp_path / "a.jsonl"), "--vocab-size", "500"]
+    args += ["--output-prefix", str(tmp_path / "old")]
+    with pytest.raises(UserError, match="--overwrite"):
+        tokenizer.main(args)
+    assert (tmp_path / "old.model").read_text() == "old"
+    tokenizer.main([*args, "--overwrite"])
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "old.model"))
+    assert len(processor) == 500

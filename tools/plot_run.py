@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Draws a run's losses and the warm-up of its layers from its TensorBoard logs."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_prores.errors import run_program
+from megatron_prores.plot import main
+
+if __name__ == "__main__":
+    run_program(main)
