@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.training import get_args, get_tensorboard_writer
+from megatron.training import get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 
 from megatron_prores.schedule import Alphas
@@ -20,11 +20,8 @@ def log_alphas(alphas: Alphas, iteration: int) -> None:
         alphas: alpha(1..L, iteration), shape [L]. Like the learning rate that Megatron logs, it is
             the value after ``iteration`` updates, with which the evaluation at this iteration and
             the next training step run.
-        iteration: Iterations completed, the x axis of Megatron's own scalars. Nothing is written
-            outside the log interval.
+        iteration: Iterations completed, the x axis of Megatron's own scalars.
     """
-    if iteration % get_args().log_interval != 0:
-        return
     scalars = {alpha_tag(layer): float(alpha) for layer, alpha in enumerate(alphas, start=1)}
     if writer := get_tensorboard_writer():
         for tag, value in scalars.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from textwrap import indent
 from typing import Any
 
+from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
@@ -59,16 +61,20 @@ class ProResRun:
         self.warmup.set_step(step)
         if not self.audited:
             layer_map = audit(self.warmup, step)
-            print_rank_0(
-                f"> ProRes: schedule {self.config.schedule}, warmup of "
-                f"{self.config.total_warmup_iters(self.num_layers)} iterations over "
-                f"{self.num_layers} layers, at iteration {step}\n{layer_map}"
+            total = self.config.total_warmup_iters(self.num_layers)
+            summary = (
+                f"schedule {self.config.schedule}, warmup of {total} iterations over "
+                f"{self.num_layers} layers, at iteration {step}"
             )
+            print_rank_0(indent(f"{summary}\n{layer_map}", "> ProRes: "))
+            # The curves of alpha begin where the run does.
+            log_alphas(self.warmup.alphas(step), step)
             self.audited = True
 
     def after_logging(self, iteration: int) -> None:
-        """Logs alpha beside Megatron's own scalars."""
-        log_alphas(self.config.alphas(iteration, self.num_layers), iteration)
+        """Logs alpha beside Megatron's own scalars, at the log interval."""
+        if iteration % get_args().log_interval == 0:
+            log_alphas(self.config.alphas(iteration, self.num_layers), iteration)
 
 
 def _modules(model_chunks: list[Any]) -> list[nn.Module]:

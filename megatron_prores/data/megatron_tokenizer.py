@@ -7,6 +7,7 @@ its tokenizer with Megatron's builder and from the same flags.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import warnings
@@ -27,6 +28,7 @@ TOKENIZER_TYPES = (
 )
 """Megatron's tokenizers of plain text (the others read conversations or images)."""
 
+_TRANSFORMERS_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_BERT_TYPES)
 _MODEL_FILE_TYPES = (*_SENTENCEPIECE_TYPES, "TikTokenizer")
 
 
@@ -67,6 +69,10 @@ def check_tokenizer_arguments(args: argparse.Namespace) -> None:
         raise UserError("--tokenizer-type NullTokenizer needs a positive --vocab-size")
     if kind in (*_MODEL_FILE_TYPES, "HuggingFaceTokenizer") and not args.tokenizer_model:
         raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
+    if kind in _TRANSFORMERS_TYPES and importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            f"--tokenizer-type {kind} needs the library transformers, which is not installed"
+        )
     if kind == "GPT2BPETokenizer" and not (args.vocab_file and args.merge_file):
         raise UserError("--tokenizer-type GPT2BPETokenizer needs --vocab-file and --merge-file")
     if kind in _BERT_TYPES and not args.vocab_file:

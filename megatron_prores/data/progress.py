@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -32,9 +33,16 @@ class Progress:
         self._last_documents = 0
         self._bar = None
         if sys.stderr.isatty():
+            # Containers' terminals may claim 0 rows and columns, where tqdm hides its bar.
+            size = shutil.get_terminal_size()
             tqdm.monitor_interval = 0  # Its watcher is a thread, and worker processes are forked.
             self._bar = tqdm(
-                total=disk_bytes, desc=title, unit="B", unit_scale=True, dynamic_ncols=True
+                total=disk_bytes,
+                desc=title,
+                unit="B",
+                unit_scale=True,
+                ncols=size.columns,
+                nrows=size.lines,
             )
 
     def __enter__(self) -> Progress:

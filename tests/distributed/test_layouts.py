@@ -80,14 +80,14 @@ def test_alphas_are_the_schedules_and_differ_between_layers(on_one_rank: Job) ->
 def test_alphas_are_logged_beside_the_losses(on_one_rank: Job) -> None:
     for layer in range(1, 5):
         logged = on_one_rank.scalars(f"prores/alpha/layer_{layer}")
-        expected = {t: alphas("linear", t, 4, 48)[layer - 1] for t in range(SAVED_AT + 1, LAST + 1)}
+        expected = {t: alphas("linear", t, 4, 48)[layer - 1] for t in range(SAVED_AT, LAST + 1)}
         assert logged == pytest.approx(expected, rel=1e-6)
 
 
 def test_layer_map_is_logged_with_the_step_that_opens_each_layer(on_one_rank: Job) -> None:
     lines = [line.split() for line in on_one_rank.output.splitlines()]
     for layer in range(1, 5):
-        assert [str(layer), "0", "0", str(12 * layer)] in lines
+        assert [">", "ProRes:", str(layer), "0", "0", str(12 * layer)] in lines
 
 
 def test_experts_on_two_ranks_give_the_run_of_one(text: Text, tmp_path: Path) -> None:

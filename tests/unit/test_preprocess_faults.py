@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prores.data import preprocess
+from megatron_prores.data.staging import staging_directory
+from megatron_prores.errors import UserError
+from tests.unit.preprocess_helpers import (
+    NULL_TOKENIZER,
+    TOOL,
+    command,
+    jsonl,
+    read_dataset,
+    run,
+)
+
+BROKEN = {
+    b'{"text": "x"': "not JSON",
+    b'{"body": "x"}': "no key 'text' (keys of this line: 'body')",
+    b'{"text": null}': "key 'text' is NoneType, not a string",
+    b'["text"]': "not a JSON object",
+    b'{"text": "caf\xe9"}': "not UTF-8",
+    b'{"text": "\\ud800"}': "surrogate",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_is_named_and_ends_the_run_or_is_left_out(
+    tmp_path: Path, line: bytes, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.jsonl").write_bytes(jsonl(["first"] * 3))
+    (tmp_path / "bad.jsonl").write_bytes(jsonl(["one"]) + b"\n" + line + b"\n" + jsonl(["two"]))
+    inputs = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+    with pytest.raises(UserError) as caught:
+        run(inputs, tmp_path / "out", workers)
+    assert "bad.jsonl:3: " in str(caught.value)
+    assert BROKEN[line] in str(caught.value)
+    assert not list(tmp_path.glob("*out*"))
+    summary = run(inputs, tmp_path / "out", workers, stop_at_problem=False)
+    assert (summary.documents, summary.broken) == (5, 1)
+    assert "bad.jsonl:3: " in capsys.readouterr().err
+    texts = [bytes(ids[:-1]).decode() for ids in read_dataset(tmp_path / "out_text_document")]
+    assert texts == ["first"] * 3 + ["one", "two"]
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * 300_000] * 20 + ["kill the worker"] + ["y"]))
+    with pytest.raises(UserError, match="worker process died"):
+        run([tmp_path / "in.jsonl"], tmp_path / "out", workers=2)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_two_runs_do_not_write_one_output_at_once(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x"]))
+    holder = "import sys, pathlib; from megatron_prores.data.staging import staging_directory\n"
+    holder += (
+        "with staging_directory(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "out")],
+        cwd=TOOL.parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another run"):
+        run([tmp_path / "in.jsonl"], tmp_path / "out")
+    process.communicate(b"\n")
+    run([tmp_path / "in.jsonl"], tmp_path / "out")
+
+
+def test_what_a_dead_run_left_is_cleared_at_the_next_start(tmp_path: Path) -> None:
+    stale = tmp_path / ".out.staging"
+    (stale / "folder").mkdir(parents=True)
+    (stale / "out_text_document.bin").write_bytes(b"half")
+    (tmp_path / ".other.staging").mkdir()
+    with staging_directory(tmp_path / "out") as staging:
+        assert staging == stale
+        assert [path.name for path in staging.iterdir()] == ["lock"]
+    # Another output's folder is not ours to clear.
+    assert [path.name for path in tmp_path.iterdir()] == [".other.staging"]
+
+
+def children(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_nothing_and_a_rerun_succeeds(
+    tmp_path: Path, killer: signal.Signals
+) -> None:
+    lines = jsonl([" ".join(["7"] * 500)] * 1000)
+    prefix = tmp_path / "new" / "out"
+    arguments = command("--input", "-", "--output-prefix", prefix, "--workers", 2, *NULL_TOKENIZER)
+    process = subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdin
+    for _ in range(5):  # The end of the input never comes: the run is in its middle when killed.
+        process.stdin.write(lines)
+    process.stdin.flush()
+    staged = prefix.parent / ".out.staging" / "out_text_document.bin"
+    wait_until(lambda: staged.exists() and staged.stat().st_size > 100_000)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.send_signal(killer)
+    assert process.wait(timeout=30) != 0
+    assert process.stderr
+    if killer is signal.SIGTERM:
+        assert process.stderr.read() == b"error: interrupted\n"
+        assert not list(prefix.parent.iterdir())
+    process.stderr.close()
+    process.stdin.close()
+    wait_until(lambda: not any(map(alive, workers)), 10)
+    assert not list(prefix.parent.glob("out*"))
+
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["1 2 3"]))
+    run([tmp_path / "in.jsonl"], prefix)
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [
+        "out_text_document.bin",
+        "out_text_document.idx",
+    ]
+
+
+def test_an_existing_dataset_needs_overwrite_and_survives_a_failing_run(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["1 2"]))
+    (tmp_path / "bad.jsonl").write_bytes(jsonl(["3"]) + b"{\n")
+    prefix = tmp_path / "out"
+    args = ["--output-prefix", str(prefix), *NULL_TOKENIZER, "--workers", "1", "--input"]
+    preprocess.main([*args, str(tmp_path / "in.jsonl")])
+    with pytest.raises(UserError, match="--overwrite"):
+        preprocess.main([*args, str(tmp_path / "in.jsonl")])
+    with pytest.raises(UserError, match=r"bad\.jsonl:2"):
+        preprocess.main([*args, str(tmp_path / "bad.jsonl"), "--overwrite"])
+    assert read_dataset(tmp_path / "out_text_document") == [[1, 2]]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["4 5 6"]))
+    preprocess.main([*args, str(tmp_path / "in.jsonl"), "--overwrite"])
+    assert read_dataset(tmp_path / "out_text_document") == [[4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--input", "missing*.jsonl"], "--input missing*.jsonl: no such file"),
+        (["--input", "folder"], "--input folder is a folder"),
+        (["--output-prefix", "out/"], "--output-prefix"),
+        (["--output-prefix", "in.jsonl/out"], "cannot write in"),
+        (["--json-keys", "a/b"], "--json-keys a/b"),
+        (["--workers", "0"], "--workers 0"),
+        (["--vocab-size", "0"], "--vocab-size"),
+        (["--tokenizer-type", "SentencePieceTokenizer"], "needs --tokenizer-model"),
+        (["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "no.model"], "no.model"),
+        (["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "in.jsonl"], "in.j"),
+        (["--input", "empty.jsonl"], "no document with text under the key 'text'"),
+        (["--input", "blank.jsonl"], "no document with text"),
+    ],
+)
+def test_a_wrong_input_is_told_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["1 2"]))
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "blank.jsonl").write_bytes(b"\n" + jsonl([""]))
+    before = sorted(tmp_path.rglob("*"))
+    base = ["--input", "in.jsonl", "--output-prefix", "out", *NULL_TOKENIZER, "--workers", "1"]
+    with pytest.raises(UserError) as caught:
+        preprocess.main([*base, *args])
+    assert words in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--input", "missing.jsonl"], "--input missing.jsonl: no such file"),
+        (["--input", "bad.jsonl", "--workers", "2"], "bad.jsonl:1: not JSON"),
+    ],
+)
+def test_the_tool_ends_a_wrong_input_with_one_line(
+    tmp_path: Path, args: list[str], words: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b"{\n")
+    base = command("--input", "bad.jsonl", "--output-prefix", "out", *NULL_TOKENIZER)
+    result = subprocess.run(
+        [*base, *args], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert words in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
