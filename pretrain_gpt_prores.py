@@ -38,9 +38,7 @@ def main() -> None:
     upstream.let_torch_adam_resume()
     args = parse_args(device_name)
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
-    pretrain(
-        config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
-    )
+    pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
     close_tensorboard()
 
 

@@ -32,7 +32,7 @@ fail() {
 # Of Megatron's log, the lines that tell how training goes: losses, checkpoints, and the layer map.
 show_progress() {
   sed -u -nE '/iteration +[0-9]+\/|validation loss|(saved|loaded) checkpoint|> ProRes:|^error:/p' |
-    sed -u -E 's/ \| (loss scale|number of (skipped|nan) iterations|global batch size|consumed samples): +[0-9.]+//g; s/ \|Number of.*//'
+    sed -u -E 's/ \| (loss scale|number of (skipped|nan) iterations|global batch size|consumed samples): +[0-9.]+//g; s/Number of parameters[^[]*$//; s/^Number of parameters[^[]*//'
 }
 
 fresh=no

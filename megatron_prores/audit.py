@@ -15,7 +15,6 @@ import torch
 from megatron_prores.errors import StopRun
 from megatron_prores.warmup import ResidualWarmup
 
-
 _FAULTS_SHOWN = 20
 
 
@@ -144,10 +143,7 @@ def layer_map(reports: list[RankReport], opening_steps: list[int | None]) -> str
     """
     lines = [f"{'layer':>6} {'stage':>6} {'virtual':>8}  opens fully at iteration"]
     held_layers = [
-        held
-        for report in reports
-        if report.replica == reports[0].replica
-        for held in report.layers
+        held for report in reports if report.replica == reports[0].replica for held in report.layers
     ]
     for held in sorted(held_layers, key=lambda held: held.layer):
         opens = opening_steps[held.layer - 1]

@@ -1,4 +1,4 @@
-"""What cannot work, refused before any work: combinations of flags, and files that are not there."""
+"""What cannot work, refused before any work: flags that exclude each other, absent files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_prores.arguments import data_prefixes
 from megatron_prores.config import OFF
+from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
 from megatron_prores.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -104,9 +105,9 @@ def check_files(args: Any) -> None:
     Raises:
         UserError: Names the flag and the file.
     """
-    if args.tokenizer_model and args.tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"):
-        if not Path(args.tokenizer_model).is_file():
-            raise UserError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+    if args.tokenizer_type is None:
+        raise UserError("--tokenizer-type is missing: give the one that the data was made with")
+    check_tokenizer_arguments(args)
     if args.mock_data:
         return
     prefixes = data_prefixes(args)

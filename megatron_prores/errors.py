@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 
-class StopRun(Exception):
+class StopRun(Exception):  # noqa: N818, it is no error of the program's
     """A reason to end the run that the user should read; no traceback helps with it.
 
     Anything else that is raised is a fault of ours or of the machine, and keeps its traceback.

@@ -29,7 +29,7 @@ BiasDropoutAdd = Callable[[BranchOutput, Tensor, float], Tensor]
 def _scaled_bias_dropout_add(
     x_with_bias: BranchOutput, residual: Tensor, prob: float, *, training: bool, alpha: Tensor
 ) -> Tensor:
-    """residual + dropout(alpha * (x + bias)), [s, b, h].
+    """Gives residual + dropout(alpha * (x + bias)), [s, b, h].
 
     The product is taken in float32: alpha moves by less than bfloat16 can tell apart. Autograd
     keeps nothing for it but alpha itself, as alpha needs no gradient.

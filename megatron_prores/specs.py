@@ -15,9 +15,9 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_prores.errors import UserError
 from megatron_prores.layer import PRORES_LAYERS
-from megatron_prores.norm import SequenceParallelNorm
+from megatron_prores.norm import sequence_parallel_norm
 
-Spec = ModuleSpec | TransformerBlockSubmodules
+type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def prores_layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Spec:
@@ -64,13 +64,11 @@ def _with_sequence_parallel_norms(
 
     def exchange(layer: ModuleSpec) -> ModuleSpec:
         norms = {
-            field.name: SequenceParallelNorm
+            field.name: sequence_parallel_norm
             for field in dataclasses.fields(TransformerLayerSubmodules)
             if getattr(layer.submodules, field.name) is WrappedTorchNorm
         }
-        return dataclasses.replace(
-            layer, submodules=dataclasses.replace(layer.submodules, **norms)
-        )
+        return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, **norms))
 
     if isinstance(spec, TransformerBlockSubmodules):
         layers = spec.layer_specs
@@ -78,5 +76,5 @@ def _with_sequence_parallel_norms(
         # Upstream picks the final norm by what is installed; only a block spec can name it.
         layers = [spec] * get_num_layers_to_build(config.transformer, vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[exchange(layer) for layer in layers], layer_norm=SequenceParallelNorm
+        layer_specs=[exchange(layer) for layer in layers], layer_norm=sequence_parallel_norm
     )

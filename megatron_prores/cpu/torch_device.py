@@ -208,7 +208,7 @@ def _no_range(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def _replace_distributed() -> None:
+def _distributed_on_gloo() -> dict[str, Any]:
     """Runs every collective on gloo: no process group is bound to a device."""
     init_process_group = torch.distributed.init_process_group
     barrier = torch.distributed.barrier
@@ -220,8 +220,12 @@ def _replace_distributed() -> None:
     def barrier_on_gloo(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
         return barrier(group=group, async_op=async_op)
 
-    torch.distributed.init_process_group = init_on_gloo
-    torch.distributed.barrier = barrier_on_gloo
+    return {"init_process_group": init_on_gloo, "barrier": barrier_on_gloo}
+
+
+def _replace(owner: Any, replacements: dict[str, Any]) -> None:
+    for name, value in replacements.items():
+        setattr(owner, name, value)
 
 
 def install() -> None:
@@ -233,21 +237,27 @@ def install() -> None:
         return
     # Upstream's flag checks ask for it wherever tensor parallelism overlaps with communication.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    for name, value in _cuda_replacements().items():
-        setattr(torch.cuda, name, value)
-    for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
-        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _nothing)
-    torch.cuda.nvtx.range = _no_range
-    torch.compile = _uncompiled
+    cuda = _cuda_replacements()
+    _replace(torch.cuda, cuda)
+    seeds_and_states = ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state")
+    _replace(torch.cuda.random, {name: cuda[name] for name in seeds_and_states})
+    _replace(
+        torch.cuda.nvtx,
+        {"range_push": _nothing, "range_pop": _nothing, "mark": _nothing, "range": _no_range},
+    )
+    _replace(
+        torch.Tensor,
+        {
+            "cuda": _self,
+            "pin_memory": _self,
+            "record_stream": _nothing,
+            "type": _tensor_type(torch.Tensor.type),
+        },
+    )
+    _replace(torch.nn.Module, {"cuda": _self})
     # Pinned-memory loaders ask this, not torch.cuda.
-    torch.accelerator.is_available = _constant(False)
-    torch.Tensor.cuda = _self
-    torch.nn.Module.cuda = _self
-    torch.Tensor.pin_memory = _self
-    torch.Tensor.record_stream = _nothing
-    torch.Tensor.type = _tensor_type(torch.Tensor.type)
-    _replace_distributed()
+    _replace(torch.accelerator, {"is_available": _constant(False)})
+    _replace(torch, {"compile": _uncompiled})
+    _replace(torch.distributed, _distributed_on_gloo())
     # Entered and never left: the device is chosen for the life of the process.
     CudaMeansCpu().__enter__()

@@ -80,17 +80,13 @@ def loading(path: Path, *more: str) -> list[str]:
 def checkpoint(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the dense model, saved by one rank."""
     root = tmp_path_factory.mktemp("checkpoint")
-    job = run_job(
-        root / "job", [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *saving(root / "saved")]
-    )
+    job = run_job(root / "job", [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *saving(root / "saved")])
     assert job.succeeded, job.output[-3000:]
     return root / "saved"
 
 
 @pytest.fixture(scope="session")
-def on_one_rank(
-    text: Text, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Job:
+def on_one_rank(text: Text, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The run that every layout is compared with."""
     flags = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint)]
     job = run_job(tmp_path_factory.mktemp("one_rank"), flags)

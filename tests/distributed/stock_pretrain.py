@@ -23,9 +23,7 @@ def main() -> None:
     upstream.fork_data_workers()
     args = parse_args("cpu")
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(
-        config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
-    )
+    pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
     close_tensorboard()
 
 

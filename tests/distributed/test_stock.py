@@ -28,9 +28,7 @@ def test_open_layers_and_none_are_stock_megatron(
 ) -> None:
     ranks, flags = LAYOUTS[layout]
     argv = [*MODEL, *text.flags, *OPTIMIZER, *loading(checkpoint), *flags]
-    stock = run_job(
-        tmp_path / "stock", [*argv, "--prores-schedule", "none"], ranks, program=STOCK
-    )
+    stock = run_job(tmp_path / "stock", [*argv, "--prores-schedule", "none"], ranks, program=STOCK)
     none = run_job(tmp_path / "none", [*argv, "--prores-schedule", "none"], ranks)
     # All layers are open from the iteration of the checkpoint on.
     opened = run_job(tmp_path / "open", [*argv, "--prores-warmup-iters", str(SAVED_AT)], ranks)

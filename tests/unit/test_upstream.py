@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import sys
 
 import pytest
 from megatron.core.optimizer import distrib_optimizer
@@ -63,9 +63,7 @@ def test_hooks_get_the_completed_iterations_before_and_after(
 
 
 @pytest.mark.parametrize("change", ["renamed function", "renamed parameter"])
-def test_an_upstream_that_has_moved_is_named(
-    change: str, untouched: pytest.MonkeyPatch
-) -> None:
+def test_an_upstream_that_has_moved_is_named(change: str, untouched: pytest.MonkeyPatch) -> None:
     if change == "renamed function":
         untouched.delattr(training, "train_step")
     else:
@@ -87,10 +85,8 @@ def test_a_wheel_with_a_compiled_helper_compiles_nothing(
     utils.compile_helpers()
 
     monkeypatch.setattr(utils, "compile_helpers", compile_helpers)
-    missing = types.ModuleType("megatron.core.datasets.helpers_cpp")
-    monkeypatch.setitem(
-        __import__("sys").modules, missing.__name__, None  # makes its import fail
-    )
+    # Makes its import fail.
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     upstream.use_prebuilt_dataset_helpers()
     with pytest.raises(AssertionError, match="compiled"):
         utils.compile_helpers()

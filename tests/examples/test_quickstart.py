@@ -1,0 +1,109 @@
+"""The first command of README, shortened by its own settings, from a clean clone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_prores.plot import read_scalars
+from tests.examples.clone import make_clone, run
+
+SHORT = {
+    "PRORES_CORPUS_MB": "2",
+    "PRORES_VOCAB": "600",
+    "PRORES_LAYERS": "4",
+    "PRORES_ITERS": "12",
+    "PRORES_WARMUP_ITERS": "8",
+}
+QUICKSTART = ["bash", "examples/quickstart.sh"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A clone in which the quickstart ran, and what it printed."""
+    clone = make_clone(tmp_path_factory.mktemp("clone"))
+    result = run(QUICKSTART, clone, **SHORT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return clone, result.stdout
+
+
+def validation_loss(output: str) -> float:
+    (loss,) = re.findall(r"^validation loss +([0-9.]+)", output, flags=re.MULTILINE)
+    return float(loss)
+
+
+def test_it_ends_with_where_everything_is(finished: tuple[Path, str]) -> None:
+    clone, output = finished
+    ending = output[output.index("== done") :]
+    places = dict(re.findall(r"^(\S[\w&, ]*?)  +(/\S+)", ending, flags=re.MULTILINE))
+    assert set(places) == {
+        "checkpoint",
+        "TensorBoard",
+        "W&B, offline",
+        "training log",
+        "picture",
+    }
+    for place in places.values():
+        assert Path(place).exists()
+        assert Path(place).is_relative_to(clone)
+    assert Path(places["picture"]).read_bytes().startswith(b"\x89PNG")
+    # A model that knows nothing has log(600) = 6.4.
+    assert 3.0 < validation_loss(output) < 5.8
+
+
+def test_scalars_hold_the_losses_and_the_alpha_of_every_layer(finished: tuple[Path, str]) -> None:
+    clone, _ = finished
+    scalars = read_scalars(clone / "runs/quickstart/tensorboard")
+    assert list(scalars["lm loss"].steps) == list(range(1, 13))
+    assert scalars["lm loss validation"].steps[-1] == 12
+    for layer in range(1, 5):
+        alpha = scalars[f"prores/alpha/layer_{layer}"]
+        assert list(alpha.steps) == list(range(13))
+        expected = [min(t / (2 * layer), 1.0) for t in range(13)]
+        assert list(alpha.values) == pytest.approx(expected, rel=1e-6)
+
+
+def test_wandb_holds_the_alpha_of_every_layer(finished: tuple[Path, str]) -> None:
+    clone, _ = finished
+    (log,) = (clone / "runs/quickstart/wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    assert all(f"prores/alpha/layer_{layer}".encode() in content for layer in range(1, 5))
+
+
+def test_a_second_start_resumes_and_a_fresh_one_starts_over(finished: tuple[Path, str]) -> None:
+    clone, output = finished
+    again = run(QUICKSTART, clone, **SHORT)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resuming at iteration 12 of 12" in again.stdout
+    assert validation_loss(again.stdout) == validation_loss(output)
+
+    other = run(QUICKSTART, clone, **{**SHORT, "PRORES_LAYERS": "6"})
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
+
+    fresh = run([*QUICKSTART, "--fresh"], clone, **SHORT)
+    assert fresh.returncode == 0, fresh.stderr[-3000:]
+    assert "starting over" in fresh.stdout
+    assert "there already" in fresh.stdout
+    # The same seed, text and layout: the same run.
+    assert validation_loss(fresh.stdout) == validation_loss(output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        (["--restart"], {}, "--fresh"),
+        ([], {"PRORES_ITERS": "many"}, "PRORES_ITERS=many"),
+        ([], {"PRORES_LAYERS": "5"}, "PRORES_LAYERS=5"),
+    ],
+)
+def test_wrong_settings_are_named_at_once(
+    arguments: list[str], settings: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    result = run([*QUICKSTART, *arguments], make_clone(tmp_path), timeout=10, **settings)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert not (tmp_path / "runs").exists()

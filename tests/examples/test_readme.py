@@ -1,0 +1,60 @@
+"""Every command of README runs: the blocks of shell, in their order, in a clean clone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_prores.arguments import add_prores_args
+from megatron_prores.schedule import SCHEDULES
+from tests.examples.clone import REPOSITORY, make_clone, run
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+# What makes the commands small enough for two cores, and nothing else. The last flag counts.
+SHRUNK = """
+  --device cpu --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4
+  --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 2
+  --train-iters 4 --lr-warmup-iters 1 --lr-wsd-decay-iters 1 --prores-warmup-iters 3
+  --eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2
+""".replace("\n", " ")
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    commands = [line.split("#")[0].strip() for line in BLOCKS[0].splitlines()]
+    assert commands == ["bash examples/quickstart.sh", "bash tests/run.sh"]
+    assert README.index("```bash") < 30
+    # The first one runs in test_quickstart.py; the second one is running this.
+    assert all((REPOSITORY / command.split()[1]).is_file() for command in commands)
+
+
+def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
+    text, train = BLOCKS[1:]
+    text = text.replace("--output-dir data", "--output-dir data --max-megabytes 10")
+    text = text.replace("--vocab-size 8192", "--vocab-size 512")
+    train = train.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2").rstrip()
+    script = "\n".join(["set -euo pipefail", text, f"{train} {SHRUNK}"])
+    result = run(["bash", "-c", script], make_clone(tmp_path))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "validation loss at iteration 4 on validation set" in result.stdout
+    assert (tmp_path / "checkpoints/iter_0000004").is_dir()
+
+
+def test_the_table_of_flags_is_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    parser = add_prores_args(argparse.ArgumentParser(add_help=False))
+    flags = {option for action in parser._actions for option in action.option_strings}
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", README, flags=re.MULTILINE))
+    assert documented == flags
+    (row,) = [line for line in README.splitlines() if line.startswith("| `--prores-schedule")]
+    assert set(re.findall(r"`(\w+)`", row)) == {*SCHEDULES, "none"}
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("https://"):
+            assert (REPOSITORY / target).exists(), target
