@@ -20,6 +20,7 @@ from megatron_prores.config import (
     ProResConfig,
 )
 from megatron_prores.errors import UserError
+from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule import SCHEDULES
 
 DEVICES = ("cuda", "cpu")
@@ -51,6 +52,28 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"Default: {DEFAULT_WARMUP_ITERS_PER_LAYER}, if --prores-warmup-iters is not given.",
     )
     group.add_argument(
+        "--norm-placement",
+        default="pre",
+        metavar="NAME",
+        help="Where the norms of a layer sit; one of "
+        + "; ".join(f"{name}: {placement.formula}" for name, placement in PLACEMENTS.items())
+        + ". Default: pre.",
+    )
+    group.add_argument(
+        "--branch-init",
+        default="auto",
+        metavar="NAME",
+        help="Initial weights; normal: one standard deviation for every linear layer, as in the "
+        "paper; scaled: 1/sqrt(2L) of it for the last linear of a branch, as in Megatron and "
+        "GPT-2; deepnorm: DeepNorm's gains; auto: deepnorm with that placement, else normal. "
+        "Default: auto.",
+    )
+    group.add_argument(
+        "--embedding-weight-decay",
+        action="store_true",
+        help="Decay the embedding like other weights, as Megatron does; the paper's runs do not.",
+    )
+    group.add_argument(
         "--device",
         default="cuda",
         metavar="DEVICE",
@@ -69,6 +92,9 @@ def prores_config(args: argparse.Namespace) -> ProResConfig:
         schedule=args.prores_schedule,
         warmup_iters=args.prores_warmup_iters,
         warmup_iters_per_layer=args.prores_warmup_iters_per_layer,
+        norm_placement=args.norm_placement,
+        branch_init=args.branch_init,
+        embedding_weight_decay=args.embedding_weight_decay,
     )
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.arguments import data_prefixes
+from megatron_prores.arguments import data_prefixes, prores_config
 from megatron_prores.config import OFF
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
 from megatron_prores.errors import UserError
+from megatron_prores.placement import PLACEMENTS
 
 Rule = tuple[str, Callable[[Any], bool], str]
 """(the flag as the user gave it, whether it is given, why it cannot work)."""
@@ -62,6 +63,45 @@ _NOT_WITH_PRORES: tuple[Rule, ...] = (
     ),
 )
 
+_NOT_WITH_NORM_BEHIND_THE_SUM: tuple[Rule, ...] = (
+    (
+        "--fp32-residual-connection",
+        lambda a: a.fp32_residual_connection,
+        "the norm is part of the residual stream",
+    ),
+    (
+        "--use-transformer-engine-op-fuser",
+        lambda a: a.use_transformer_engine_op_fuser,
+        "it fuses the MLP with a norm before it, which this placement has not",
+    ),
+)
+
+_NOT_WITH_OWN_NORMS: tuple[Rule, ...] = (
+    (
+        "--mtp-num-layers",
+        lambda a: bool(a.mtp_num_layers),
+        "Megatron's prediction layers have their norms before the branches",
+    ),
+)
+
+_NOT_WITH_OWN_INIT: tuple[Rule, ...] = (
+    (
+        "--init-method-xavier-uniform",
+        lambda a: a.init_method_xavier_uniform,
+        "both say how weights start",
+    ),
+    ("--use-mup", lambda a: a.use_mup, "both say how weights start"),
+    (
+        "--multi-latent-attention",
+        lambda a: a.multi_latent_attention and _initialization(a) == "deepnorm",
+        "DeepNorm's gains are defined for separate query, key and value projections",
+    ),
+)
+
+
+def _initialization(args: Any) -> str:
+    return prores_config(args).initialization
+
 
 def check_flags(args: Any) -> None:
     """Refuses flags that cannot work together with ProRes, on this device, or in this program.
@@ -75,6 +115,7 @@ def check_flags(args: Any) -> None:
     _refuse(args, _NEVER, "cannot be used with pretrain_gpt_prores.py")
     if args.prores_schedule != OFF:
         _refuse(args, _NOT_WITH_PRORES, f"cannot be used with --prores-schedule other than {OFF}")
+    _check_placement_and_init(args)
     if args.device == "cpu":
         from megatron_prores.cpu.flags import NOT_ON_CPU
 
@@ -83,6 +124,28 @@ def check_flags(args: Any) -> None:
         raise UserError(
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
             "is not installed: install megatron-prores[te], or use --transformer-impl local"
+        )
+
+
+def _check_placement_and_init(args: Any) -> None:
+    placement = PLACEMENTS[args.norm_placement]
+    named = f"--norm-placement {args.norm_placement}"
+    if placement.norm_sum:
+        _refuse(args, _NOT_WITH_NORM_BEHIND_THE_SUM, f"cannot be used with {named}")
+    if not placement.is_stock:
+        _refuse(args, _NOT_WITH_OWN_NORMS, f"cannot be used with {named}")
+    if args.branch_init != "auto" or placement.deepnorm:
+        _refuse(
+            args,
+            _NOT_WITH_OWN_INIT,
+            f"cannot be used with --branch-init {_initialization(args)}",
+        )
+    if (placement.scaled_norms or _initialization(args) == "deepnorm") and (
+        args.init_model_with_meta_device
+    ):
+        raise UserError(
+            f"--init-model-with-meta-device cannot be used with {named} and "
+            f"--branch-init {args.branch_init}: there are no weights yet to set"
         )
 
 

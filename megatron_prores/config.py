@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prores.errors import UserError
+from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule import SCHEDULES, Alphas, alphas, opening_steps
 
 OFF = "none"
 """The schedule that is no schedule: plain Megatron, no class of ours in the model."""
+
+BRANCH_INITS = ("auto", "normal", "scaled", "deepnorm")
+"""Names of the initial weights: ``normal`` is the paper's, ``scaled`` Megatron's and GPT-2's,
+``deepnorm`` DeepNorm's, ``auto`` deepnorm for that placement and else normal."""
 
 DEFAULT_WARMUP_ITERS_PER_LAYER = 1000
 """T of the paper's main runs (section 4.1), in iterations."""
@@ -31,7 +36,26 @@ class ProResConfig:
     warmup_iters_per_layer: int | None = None
     """T, the part of one layer in iterations. None: 1000, where W is not given either."""
 
+    norm_placement: str = "pre"
+    """Where the norms of a layer sit, one of ``placement.PLACEMENTS``."""
+
+    branch_init: str = "auto"
+    """Initial weights of the branches, one of ``BRANCH_INITS``."""
+
+    embedding_weight_decay: bool = False
+    """Whether the embedding decays like other weights. The paper's runs decay no embedding."""
+
     def __post_init__(self) -> None:
+        if self.norm_placement not in PLACEMENTS:
+            raise UserError(
+                f"--norm-placement {self.norm_placement}: no such placement; choose one of "
+                f"{', '.join(PLACEMENTS)}"
+            )
+        if self.branch_init not in BRANCH_INITS:
+            raise UserError(
+                f"--branch-init {self.branch_init}: no such initialisation; choose one of "
+                f"{', '.join(BRANCH_INITS)}"
+            )
         if self.schedule != OFF and self.schedule not in SCHEDULES:
             raise UserError(
                 f"--prores-schedule {self.schedule}: no such schedule; choose one of "
@@ -51,6 +75,18 @@ class ProResConfig:
                     f"{flag} {value}: must be at least 1 iteration; for a model without warmup "
                     f"use --prores-schedule {OFF}"
                 )
+
+    @property
+    def initialization(self) -> str:
+        """The initial weights of the branches, with ``auto`` resolved: normal, scaled, deepnorm."""
+        if self.branch_init != "auto":
+            return self.branch_init
+        return "deepnorm" if PLACEMENTS[self.norm_placement].deepnorm else "normal"
+
+    @property
+    def needs_own_layer(self) -> bool:
+        """Whether Megatron's stock layer cannot be this model's."""
+        return self.enabled or not PLACEMENTS[self.norm_placement].is_stock
 
     @property
     def enabled(self) -> bool:

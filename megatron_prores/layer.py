@@ -1,4 +1,4 @@
-"""The transformer layer with the residual hook: x + alpha F(N(x)) for each of its branches.
+"""The transformer layer with the residual hook: x + alpha F(N(x)), or where else the norms sit.
 
 Megatron's TransformerLayer adds a branch to the residual stream in its bias-dropout-add ("bda")
 submodules, ``self_attn_bda`` and ``mlp_bda``. ProRes scales there and nowhere else, so that
@@ -10,14 +10,24 @@ multiplies their high-precision output (paper, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
 from megatron.core.jit import jit_fuser
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from torch import Tensor
+
+from megatron_prores.placement import PLACEMENTS
 
 BranchOutput = tuple[Tensor, Tensor | None]
 """What a branch hands to its bda: output [s, b, h] and the bias [h] that is still to be added."""
@@ -55,6 +65,16 @@ def _scaled_bias_dropout_add_fused_inference(
     return _scaled_bias_dropout_add(x_with_bias, residual, prob, training=False, alpha=alpha)
 
 
+@dataclass
+class ProResLayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's parts of a layer, and the norms that stand behind a branch."""
+
+    post_self_attn_layernorm: LayerNormBuilder = IdentityOp
+    """N2 of the attention branch (sandwich), or N of its sum (post, deepnorm)."""
+    post_mlp_layernorm: LayerNormBuilder = IdentityOp
+    """N2 of the MLP branch (sandwich), or N of its sum (post, deepnorm)."""
+
+
 class ProResLayerMixin:
     """Scales the residual branches of a Megatron transformer layer by ``alpha``.
 
@@ -68,14 +88,39 @@ class ProResLayerMixin:
     layer_number: int
     is_mtp_layer: bool
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ProResLayerSubmodules,
+        *args: Any,
+        norm_placement: str = "pre",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]
+        self.placement = PLACEMENTS[norm_placement]
+        self.stream_gain = self.placement.stream_gain(config.num_layers)
+        norm_arguments = {
+            "config": config,
+            "hidden_size": config.hidden_size,
+            "eps": config.layernorm_epsilon,
+        }
+        self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(**norm_arguments)
+        self.post_mlp_layernorm = submodules.post_mlp_layernorm(**norm_arguments)
+
         self.alpha = torch.ones((), dtype=torch.float32, device=_device_of(self))
         self._alpha_value = 1.0
         # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
-        self._always_scale = self.config.cuda_graph_impl != "none"  # type: ignore[attr-defined]
-        self.self_attn_bda = partial(self._get_bda, self.self_attn_bda)  # type: ignore[has-type]
-        self.mlp_bda = partial(self._get_bda, self.mlp_bda)  # type: ignore[has-type]
+        self._always_scale = config.cuda_graph_impl != "none"
+        self.self_attn_bda = partial(
+            self._get_bda,
+            self.self_attn_bda,  # type: ignore[has-type]
+            self.post_self_attn_layernorm,
+        )
+        self.mlp_bda = partial(
+            self._get_bda,
+            self.mlp_bda,  # type: ignore[has-type]
+            self.post_mlp_layernorm,
+        )
 
     @property
     def prores_layer(self) -> int | None:
@@ -98,9 +143,20 @@ class ProResLayerMixin:
             self._alpha_value = value
 
     def _get_bda(
+        self,
+        get_stock_bda: Callable[[bool, bool], BiasDropoutAdd],
+        norm: Callable[[Tensor], Tensor],
+        training: bool,
+        fused: bool,
+    ) -> BiasDropoutAdd:
+        """Stands in for a bda submodule of the layer: (training, fused) -> bda."""
+        add = self._get_addition(get_stock_bda, training, fused)
+        return add if self.placement.is_stock else partial(self._add_with_norm, add, norm)
+
+    def _get_addition(
         self, get_stock_bda: Callable[[bool, bool], BiasDropoutAdd], training: bool, fused: bool
     ) -> BiasDropoutAdd:
-        """Stands in for the layer's bda submodule: stock once the layer is open, else scaled."""
+        """Gives the addition x + a F: stock once the layer is open, else scaled."""
         if self._alpha_value == 1.0 and not self._always_scale:
             return get_stock_bda(training, fused)
         if not fused:
@@ -108,6 +164,25 @@ class ProResLayerMixin:
         if training:
             return partial(_scaled_bias_dropout_add_fused_train, alpha=self.alpha)
         return partial(_scaled_bias_dropout_add_fused_inference, alpha=self.alpha)
+
+    def _add_with_norm(
+        self,
+        add: BiasDropoutAdd,
+        norm: Callable[[Tensor], Tensor],
+        branch_with_bias: BranchOutput,
+        x: Tensor,
+        prob: float,
+    ) -> Tensor:
+        """Adds a branch to the stream with the norm behind it, all [s, b, h].
+
+        Sandwich: x + a N(F). Post: N(x + a F). Deepnorm: N(d x + a F).
+        """
+        if self.placement.norm_branch:
+            branch, bias = branch_with_bias
+            return add((norm(branch if bias is None else branch + bias), None), x, prob)
+        if self.stream_gain != 1.0:
+            x = self.stream_gain * x
+        return norm(add(branch_with_bias, x, prob))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Lets alpha follow the layer to another device, but not to another dtype."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from functools import partial
 from textwrap import indent
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 from torch import nn
 
-from megatron_prores import upstream
+from megatron_prores import init, upstream
 from megatron_prores.audit import audit
 from megatron_prores.config import ProResConfig
 from megatron_prores.monitor import log_alphas
@@ -21,23 +23,41 @@ from megatron_prores.warmup import ResidualWarmup
 
 
 def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConfig:
-    """Builds the model's configuration from Megatron's arguments; with ProRes, installs it.
+    """Builds the model's configuration from Megatron's arguments, and installs what ProRes needs.
 
     Args:
         args: Megatron's validated arguments.
-        prores: With the schedule ``none`` the configuration is Megatron's own and nothing else
-            happens.
+        prores: With the schedule ``none`` and Megatron's own norm placement no class of ours gets
+            into the model. Initial weights and weight decay do not depend on the schedule: runs
+            that differ in the schedule differ in nothing else.
 
     Returns:
         The configuration for ``megatron.training.pretrain``.
     """
+    args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
+    if args.init_method_xavier_uniform or args.use_mup:
+        # The user has said how weights start with a flag of Megatron's own.
+        prores = dataclasses.replace(prores, branch_init="scaled")
+    init.configure(config.transformer, prores)
+    config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
+    # A tied embedding is the output head as well, which decays.
+    if args.untie_embeddings_and_output_weights and not prores.embedding_weight_decay:
+        upstream.spare_embedding_weight_decay()
+    if prores.needs_own_layer:
+        config.transformer_layer_spec = partial(
+            prores_layer_spec, norm_placement=prores.norm_placement
+        )
     if prores.enabled:
-        config.transformer_layer_spec = prores_layer_spec
         run = ProResRun(prores, config.num_layers)
         config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
         upstream.call_around_steps(run.before_forward, run.after_logging)
     return config
+
+
+def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
+    init.finish(_modules(model_chunks), prores)
+    return model_chunks
 
 
 class ProResRun:

@@ -78,6 +78,21 @@ def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None
     _wrap(training, "training_log", ("iteration",), training_log)
 
 
+def spare_embedding_weight_decay() -> None:
+    """Leaves the embedding out of weight decay, as upstream does norms and biases.
+
+    Upstream has a table of overrides for parameter groups, but builds it where no user can reach.
+    """
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.training import training
+
+    def optimizer_config(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        config, overrides = stock()
+        return config, {**overrides, ParamKey(name="*word_embeddings.weight"): {"wd_mult": 0.0}}
+
+    _wrap(training, "get_megatron_optimizer_config", (), optimizer_config)
+
+
 def use_prebuilt_dataset_helpers() -> None:
     """Keeps Megatron from compiling its dataset helper where the wheel has brought it compiled.
 

@@ -1,0 +1,103 @@
+"""Initial weights: the paper's, DeepNorm's, and Megatron's own.
+
+Megatron draws every linear weight from normal(0, init_method_std) under its random-number tracker.
+Other standard deviations are reached by rescaling what was drawn: the same draws on every layout
+that draws the same, right for a shard of a matrix as for the whole, and no second pass of random
+numbers (paper, section 4.1 and appendix; DeepNorm: Wang et al., arXiv 2203.00555).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_prores.config import ProResConfig
+from megatron_prores.placement import PLACEMENTS
+
+
+def embedding_std(args: argparse.Namespace) -> float:
+    """Gives the standard deviation of the embedding: the user's, or the paper's std * sqrt(h).
+
+    An embedding that is the output head as well starts as the head does.
+    """
+    if args.embedding_init_method_std is not None:
+        return float(args.embedding_init_method_std)
+    tied = not args.untie_embeddings_and_output_weights
+    return float(args.init_method_std) * (1.0 if tied else math.sqrt(args.hidden_size))
+
+
+def configure(config: TransformerConfig, prores: ProResConfig) -> None:
+    """Sets what Megatron draws the weights from, in place, before the model is built.
+
+    Upstream's default divides the standard deviation of the attention-output and MLP-down
+    projections by sqrt(2L), as GPT-2 did; ``scaled`` keeps that.
+
+    Args:
+        config: The model's configuration.
+        prores: Its ``initialization`` names the scheme.
+    """
+    if prores.initialization != "scaled":
+        config.output_layer_init_method = config.init_method
+
+
+@torch.no_grad()
+def finish(chunks: list[nn.Module], prores: ProResConfig) -> None:
+    """Finishes the initial weights of this rank's model chunks, in place, as they were drawn.
+
+    Args:
+        chunks: Model chunks just built by Megatron, not wrapped yet.
+        prores: Its norm placement and ``initialization`` say what is left to do.
+    """
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if PLACEMENTS[prores.norm_placement].scaled_norms:
+                for weight in _input_norm_weights(layer):
+                    weight.fill_(1.0 / math.sqrt(layer.layer_number))
+            if prores.initialization == "deepnorm":
+                _rescale_to_deepnorm(layer, layer.config)
+
+
+def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
+    """Yields the weights of the two norms before the branches, fused into a linear or not."""
+    for norm, linear in (
+        (layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None)),
+        (layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None)),
+    ):
+        fused = getattr(linear, "layer_norm_weight", None)
+        yield norm.weight if fused is None else fused
+
+
+def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
+    """Turns normal(0, init_method_std) draws into DeepNorm's Xavier-normal ones.
+
+    Gain (8L)^(-1/4) for the value, attention-output and MLP projections, 1 for query and key; the
+    fan-in and fan-out of a projection are those of its whole matrix, whatever a rank holds of it.
+    """
+    gain = (8.0 * config.num_layers) ** -0.25
+    hidden, channels = config.hidden_size, config.kv_channels
+    query = channels * config.num_attention_heads
+    groups = config.num_query_groups or config.num_attention_heads
+    key = channels * groups
+
+    def rescale(weight: Tensor, fan_in: int, fan_out: int, gain: float) -> None:
+        weight.mul_(gain * math.sqrt(2.0 / (fan_in + fan_out)) / config.init_method_std)
+
+    # Rows of the fused projection [q + k + v, h]: per query group its queries, its key, its value.
+    attention = layer.self_attention
+    heads_per_group = config.num_attention_heads // groups
+    qkv = attention.linear_qkv.weight.view(-1, heads_per_group + 2, channels, hidden)
+    rescale(qkv[:, :heads_per_group], hidden, query, 1.0)
+    rescale(qkv[:, heads_per_group], hidden, key, 1.0)
+    rescale(qkv[:, heads_per_group + 1], hidden, key, gain)
+    rescale(attention.linear_proj.weight, query, hidden, gain)
+    # Dense: one of each. Experts: linear_fc1.weight of each expert, or weight0, weight1, ...
+    ffn = config.moe_ffn_hidden_size if layer.is_moe_layer else config.ffn_hidden_size
+    for name, weight in layer.mlp.named_parameters():
+        if "linear_fc1.weight" in name or "linear_fc2.weight" in name:
+            rescale(weight, hidden, ffn, gain)
