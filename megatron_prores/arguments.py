@@ -36,7 +36,9 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default="linear",
         metavar="NAME",
         help="How alpha of a layer grows from 0 to 1; "
-        f"one of {', '.join(SCHEDULES)}; {OFF}: plain Megatron. Default: linear.",
+        f"one of {', '.join(SCHEDULES)}; {OFF}: plain Megatron; file:PATH: a table in a .csv "
+        "(step,1,2,...,L) or .json file, interpolated; module:function: your own "
+        "function(step, layers, warmup). Default: linear.",
     )
     group.add_argument(
         "--prores-warmup-iters",
@@ -118,10 +120,14 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
         UserError: A value is wrong.
     """
     parser = add_prores_args(_Parser(add_help=False, allow_abbrev=False))
+    parser.add_argument("--num-layers", type=int)  # Megatron's; a user's own schedule must fit it
     args, _ = parser.parse_known_args(argv)
     if args.device not in DEVICES:
         raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
-    return prores_config(args), args.device
+    config = prores_config(args)
+    if args.num_layers is not None and args.num_layers >= 1:
+        config.check_layers(args.num_layers)
+    return config, args.device
 
 
 def parse_args(device: str) -> argparse.Namespace:
@@ -158,9 +164,12 @@ def parse_args(device: str) -> argparse.Namespace:
     check_flags(args)
     check_files(args)
     try:
-        return arguments.parse_and_validate_args(provider)
+        args = arguments.parse_and_validate_args(provider)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(_upstream_words(error)) from error
+    # Only now are the layers known that --use-checkpoint-args takes from a checkpoint.
+    prores_config(args).check_layers(args.num_layers)
+    return args
 
 
 def _upstream_words(error: Exception) -> str:

@@ -73,6 +73,9 @@ def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int])
         for layer in layers
     )
     settings = f"{warmup.config}, {warmup.num_layers} layers, at iteration {step}"
+    if (digest := warmup.config.schedule_digest) is not None:
+        # The same name may be another file on another node.
+        settings += f", with a schedule file of sha256 {digest}"
     return RankReport(rank=rank, replica=pipeline[0], settings=settings, layers=held)
 
 

@@ -37,6 +37,11 @@ _NEVER: tuple[Rule, ...] = (
         lambda a: a.dataloader_inter_document_masking,
         "packed sequences with boundaries are not supported yet; use --reset-attention-mask",
     ),
+    (
+        "--attention-backend local",
+        lambda a: a.attention_backend.name == "local" and a.spec is None,
+        "upstream's check of it needs --spec; use --attention-backend unfused",
+    ),
 )
 
 # Paths of upstream that add the residual somewhere else than in the bias-dropout-add.
@@ -116,6 +121,9 @@ def check_flags(args: Any) -> None:
     if args.prores_schedule != OFF:
         _refuse(args, _NOT_WITH_PRORES, f"cannot be used with --prores-schedule other than {OFF}")
     _check_placement_and_init(args)
+    if not args.skip_train and not args.full_validation and args.eval_interval is None:
+        # Upstream divides by it, even when it evaluates nothing.
+        raise UserError("--eval-interval is missing: give the iterations between evaluations")
     if args.device == "cpu":
         from megatron_prores.cpu.flags import NOT_ON_CPU
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from megatron_prores.custom_schedule import (
+    FILE,
+    CustomSchedule,
+    FileSchedule,
+    is_custom,
+    load_schedule,
+)
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule import SCHEDULES, Alphas, alphas, opening_steps
@@ -24,11 +32,12 @@ class ProResConfig:
     """The ProRes part of a run's configuration.
 
     Raises:
-        UserError: The schedule is unknown, or a warmup length is missing its range.
+        UserError: The schedule is unknown or cannot be read, or a warmup length is out of range.
     """
 
     schedule: str = "linear"
-    """Name of the schedule, one of ``schedule.SCHEDULES``, or ``none`` for plain Megatron."""
+    """Name of the schedule, one of ``schedule.SCHEDULES``, or ``none`` for plain Megatron; or the
+    user's own, ``file:PATH`` or ``module:function`` (see custom_schedule.py)."""
 
     warmup_iters: int | None = None
     """W, the length of the whole warmup in iterations. None: T times the number of layers."""
@@ -56,10 +65,10 @@ class ProResConfig:
                 f"--branch-init {self.branch_init}: no such initialisation; choose one of "
                 f"{', '.join(BRANCH_INITS)}"
             )
-        if self.schedule != OFF and self.schedule not in SCHEDULES:
+        if self.schedule not in (OFF, *SCHEDULES) and not is_custom(self.schedule):
             raise UserError(
                 f"--prores-schedule {self.schedule}: no such schedule; choose one of "
-                f"{', '.join((OFF, *SCHEDULES))}"
+                f"{', '.join((OFF, *SCHEDULES))}, or give file:PATH or module:function"
             )
         if self.warmup_iters is not None and self.warmup_iters_per_layer is not None:
             raise UserError(
@@ -75,6 +84,31 @@ class ProResConfig:
                     f"{flag} {value}: must be at least 1 iteration; for a model without warmup "
                     f"use --prores-schedule {OFF}"
                 )
+            if value is not None and self.schedule.startswith(FILE):
+                raise UserError(
+                    f"{flag} {value} cannot be used with --prores-schedule {self.schedule}: its "
+                    "steps are those of the file"
+                )
+        _ = self.custom  # read now, so that what is wrong with it is said now
+
+    @cached_property
+    def custom(self) -> CustomSchedule | None:
+        """The user's own schedule, read once, when the configuration is made; else None."""
+        return load_schedule(self.schedule) if is_custom(self.schedule) else None
+
+    @property
+    def schedule_digest(self) -> str | None:
+        """The sha256 of the file that the user's own schedule is in; None for a built-in one."""
+        return None if self.custom is None else self.custom.digest
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuses a schedule of the user's own that is wrong for a model of ``num_layers``.
+
+        Raises:
+            UserError: The schedule is for another number of layers, or not within [0, 1].
+        """
+        if self.custom is not None:
+            self.custom.check(num_layers, self.total_warmup_iters(num_layers))
 
     @property
     def initialization(self) -> str:
@@ -94,7 +128,12 @@ class ProResConfig:
         return self.schedule != OFF
 
     def total_warmup_iters(self, num_layers: int) -> int:
-        """Gives W, the length of the whole warmup, in iterations, for a model of ``num_layers``."""
+        """Gives W, the length of the whole warmup, in iterations, for a model of ``num_layers``.
+
+        Of a table in a file that is the step of its last row.
+        """
+        if isinstance(self.custom, FileSchedule):
+            return self.custom.last_step
         if self.warmup_iters is not None:
             return self.warmup_iters
         per_layer = self.warmup_iters_per_layer or DEFAULT_WARMUP_ITERS_PER_LAYER
@@ -102,8 +141,14 @@ class ProResConfig:
 
     def alphas(self, step: int, num_layers: int) -> Alphas:
         """Evaluates the schedule: alpha of layer 1..L after ``step`` updates, float64 [L]."""
-        return alphas(self.schedule, step, num_layers, self.total_warmup_iters(num_layers))
+        warmup = self.total_warmup_iters(num_layers)
+        if self.custom is not None:
+            return self.custom.alphas(step, num_layers, warmup)
+        return alphas(self.schedule, step, num_layers, warmup)
 
     def opening_steps(self, num_layers: int) -> list[int | None]:
         """Gives for layer 1..L the iteration from which alpha is 1, None where it never is."""
-        return opening_steps(self.schedule, num_layers, self.total_warmup_iters(num_layers))
+        warmup = self.total_warmup_iters(num_layers)
+        if self.custom is not None:
+            return self.custom.opening_steps(num_layers, warmup)
+        return opening_steps(self.schedule, num_layers, warmup)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_prores.config import ProResConfig
 from megatron_prores.placement import PLACEMENTS
@@ -47,7 +47,7 @@ def configure(config: TransformerConfig, prores: ProResConfig) -> None:
 
 
 @torch.no_grad()
-def finish(chunks: list[nn.Module], prores: ProResConfig) -> None:
+def finish(chunks: list[Any], prores: ProResConfig) -> None:
     """Finishes the initial weights of this rank's model chunks, in place, as they were drawn.
 
     Args:

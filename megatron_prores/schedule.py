@@ -11,7 +11,8 @@ Residual Warmup for Language Model Pretraining", Chen et al., arXiv 2603.05369, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,16 +115,43 @@ def opening_steps(schedule: str, num_layers: int, warmup: int) -> list[int | Non
     Raises:
         ValueError: As :func:`alphas`.
     """
-    # Every schedule grows with t and is done at W: a search over whole steps needs no second table
-    # of formulas that could disagree with the first.
-    low = np.zeros(num_layers, dtype=np.int64)
-    high = np.full(num_layers, math.ceil(warmup), dtype=np.int64)
-    opens = alphas(schedule, math.ceil(warmup), num_layers, warmup) == 1.0
-    while (open_interval := low < high).any():
-        middle = (low + high) // 2
-        is_open = np.array(
-            [alphas(schedule, int(t), num_layers, warmup)[i] == 1.0 for i, t in enumerate(middle)]
-        )
-        high = np.where(open_interval & is_open, middle, high)
-        low = np.where(open_interval & ~is_open, middle + 1, low)
-    return [int(t) if o else None for t, o in zip(high, opens, strict=True)]
+    # Every schedule grows with t and is done at W.
+    return find_opening_steps(
+        lambda step: alphas(schedule, step, num_layers, warmup), [0, math.ceil(warmup)]
+    )
+
+
+def find_opening_steps(evaluate: Callable[[int], Alphas], steps: Sequence[int]) -> list[int | None]:
+    """Finds for every layer the first step from which on its alpha stays 1, by bisection.
+
+    A search over whole steps needs no second form of the schedule that could disagree with the
+    first.
+
+    Args:
+        evaluate: Gives alpha(1..L, step), shape [L].
+        steps: Where to look first, strictly rising, from step 0 on. Between two neighbours alpha
+            of a layer must not both reach 1 and leave it, and after the last one not move.
+
+    Returns:
+        For layer 1..L the step (iterations), or None where alpha is not 1 at the last of ``steps``.
+    """
+    is_open = np.array([evaluate(step) == 1.0 for step in steps])
+    found: list[int | None] = []
+    for layer in range(is_open.shape[1]):
+        closed = np.flatnonzero(~is_open[:, layer])
+        if not closed.size:
+            found.append(steps[0])
+        elif closed[-1] == len(steps) - 1:
+            found.append(None)
+        else:
+            low, high = steps[closed[-1]], steps[closed[-1] + 1]
+            # The key is called with the step, as a range's items are their indices.
+            found.append(
+                bisect_left(
+                    range(high),
+                    True,
+                    lo=low + 1,
+                    key=lambda step: bool(evaluate(step)[layer] == 1.0),
+                )
+            )
+    return found

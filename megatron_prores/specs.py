@@ -7,6 +7,7 @@ from functools import partial
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_prores.attention import FUSED_BACKENDS, FusedDotProductAttention
 from megatron_prores.errors import UserError
 from megatron_prores.layer import PRORES_LAYERS, ProResLayerSubmodules
 from megatron_prores.norm import sequence_parallel_norm
@@ -32,8 +34,9 @@ def prores_layer_spec(
     """Gives the spec of one model chunk, for ``GPTModelConfig.transformer_layer_spec``.
 
     It is whatever Megatron would take for the same flags (local or Transformer Engine, dense, MoE,
-    MLA, heterogeneous), each of its layers exchanged for the one with the residual hook, and its
-    norms placed as asked.
+    MLA, heterogeneous), each of its layers exchanged for the one with the residual hook, its norms
+    placed as asked, and the local attention exchanged for the fused one where
+    ``--attention-backend`` says so.
 
     Args:
         config: The model's configuration.
@@ -57,7 +60,10 @@ def prores_layer_spec(
             layers = [spec] * get_num_layers_to_build(transformer, vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=layers)
         spec = dataclasses.replace(spec, layer_norm=norm)
-    change = partial(_prores_layer, norm_placement=norm_placement, norm=norm, backend=backend)
+    fuse = transformer.attention_backend in FUSED_BACKENDS
+    change = partial(
+        _prores_layer, norm_placement=norm_placement, norm=norm, backend=backend, fuse=fuse
+    )
     if isinstance(spec, TransformerBlockSubmodules):
         return dataclasses.replace(spec, layer_specs=[change(layer) for layer in spec.layer_specs])
     return change(spec)
@@ -70,9 +76,13 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
 
 
 def _prores_layer(
-    layer: ModuleSpec, norm_placement: str, norm: LayerNormBuilder, backend: BackendSpecProvider
+    layer: ModuleSpec,
+    norm_placement: str,
+    norm: LayerNormBuilder,
+    backend: BackendSpecProvider,
+    fuse: bool,
 ) -> ModuleSpec:
-    """Exchanges a stock layer for ours, with its norms in place."""
+    """Exchanges a stock layer for ours, with its norms in place and, if asked, attention fused."""
     if layer.module not in PRORES_LAYERS:
         raise UserError(
             f"ProRes has no residual hook for the layer class {layer.module.__name__}, which these "
@@ -87,6 +97,8 @@ def _prores_layer(
             parts[name] = norm
     if not placement.norm_input:
         parts |= _without_input_norms(stock.self_attention, stock.mlp, backend)
+    if fuse:
+        parts["self_attention"] = _with_fused_attention(parts["self_attention"])
     if not placement.is_stock:
         parts |= {"post_self_attn_layernorm": norm, "post_mlp_layernorm": norm}
     return dataclasses.replace(
@@ -95,6 +107,15 @@ def _prores_layer(
         submodules=ProResLayerSubmodules(**parts),
         params={**layer.params, "norm_placement": norm_placement},
     )
+
+
+def _with_fused_attention(attention: ModuleSpec) -> ModuleSpec:
+    """Exchanges the local core attention; Transformer Engine's, which is fused itself, stays."""
+    submodules = getattr(attention, "submodules", None)
+    if getattr(submodules, "core_attention", None) is not DotProductAttention:
+        return attention
+    submodules = dataclasses.replace(submodules, core_attention=FusedDotProductAttention)
+    return dataclasses.replace(attention, submodules=submodules)
 
 
 def _without_input_norms(

@@ -12,7 +12,6 @@ from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
-from torch import nn
 
 from megatron_prores import init, upstream
 from megatron_prores.audit import audit
@@ -56,7 +55,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
 
 
 def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
-    init.finish(_modules(model_chunks), prores)
+    init.finish(model_chunks, prores)
     return model_chunks
 
 
@@ -72,7 +71,7 @@ class ProResRun:
 
     def attach(self, model_chunks: list[Any]) -> list[Any]:
         """Takes hold of the layers of this rank, once Megatron has built its model chunks."""
-        self.warmup = ResidualWarmup(self.config, self.num_layers, _modules(model_chunks))
+        self.warmup = ResidualWarmup(self.config, self.num_layers, model_chunks)
         return model_chunks
 
     def before_forward(self, step: int) -> None:
@@ -95,7 +94,3 @@ class ProResRun:
         """Logs alpha beside Megatron's own scalars, at the log interval."""
         if iteration % get_args().log_interval == 0:
             log_alphas(self.config.alphas(iteration, self.num_layers), iteration)
-
-
-def _modules(model_chunks: list[Any]) -> list[nn.Module]:
-    return [chunk for chunk in model_chunks if isinstance(chunk, nn.Module)]

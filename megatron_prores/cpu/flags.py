@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron.core.transformer.enums import AttnBackend
+
 from megatron_prores.compatibility import Rule
 
 # dest -> value. Each needs a CUDA kernel, or is the CPU's counterpart of a CUDA choice.
 _DEFAULTS: dict[str, Any] = {
     "transformer_impl": "local",
     "distributed_backend": "gloo",
+    # With ProRes, torch's own attention (megatron_prores.attention); unfused: Megatron's local one.
+    "attention_backend": AttnBackend.fused,
     "disable_jit_fuser": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,

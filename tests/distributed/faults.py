@@ -35,3 +35,12 @@ def forget_alpha_in_deepest_layer() -> None:
 
     ProResLayerMixin.set_alpha = set_alpha
     training.audit = lambda warmup, step: ""
+
+
+def break_fused_attention() -> None:
+    from megatron_prores.attention import FusedDotProductAttention
+
+    def forward(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no fused attention")
+
+    FusedDotProductAttention.forward = forward

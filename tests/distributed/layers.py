@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
@@ -29,6 +27,7 @@ def build_layer(
     dtype: torch.dtype = torch.float32,
     dropout: float = 0.0,
     experts: int | None = None,
+    norm_placement: str = "pre",
     **config: object,
 ) -> torch.nn.Module:
     """Builds one layer of a 4-layer model, its weights from the same seed every time."""
@@ -51,7 +50,10 @@ def build_layer(
         **config,
     )
     model = GPTModelConfig(transformer=transformer, vocab_size=128)
-    spec = (prores_layer_spec if prores else partial(default_layer_spec, vp_stage=None))(model)
+    if prores:
+        spec = prores_layer_spec(model, norm_placement=norm_placement)
+    else:
+        spec = default_layer_spec(model, None)
     if isinstance(spec, TransformerBlockSubmodules):
         spec = spec.layer_specs[0]
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER.reset()
@@ -68,12 +70,16 @@ def hidden_states(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return values.to(dtype).requires_grad_()
 
 
+def causal_mask() -> torch.Tensor:
+    """True where a position must not look."""
+    return torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+
+
 def run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Runs the layer with causal attention."""
-    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
     torch.manual_seed(7)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
-    output, _ = layer(x, attention_mask=mask)
+    output, _ = layer(x, attention_mask=causal_mask())
     return output
 
 

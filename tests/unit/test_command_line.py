@@ -20,7 +20,7 @@ SECONDS = 20.0
 MODEL = """
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --micro-batch-size 1 --train-iters 2 --lr 1e-3
-    --tokenizer-type NullTokenizer --vocab-size 100 --eval-iters 0
+    --tokenizer-type NullTokenizer --vocab-size 100 --eval-iters 0 --eval-interval 1
 """.split()
 CPU = ["--device", "cpu", *MODEL]
 MOCK = [*CPU, "--mock-data"]
@@ -31,6 +31,29 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown schedule": (
         [*MOCK, "--prores-schedule", "cosine"],
         ["--prores-schedule cosine", "linear"],
+    ),
+    "a schedule's file that is not there": (
+        [*MOCK, "--prores-schedule", "file:/nowhere/alpha.csv"],
+        ["--prores-schedule file:/nowhere/alpha.csv", "No such file"],
+    ),
+    "a schedule's file and a warmup": (
+        [*MOCK, "--prores-schedule", "file:/nowhere/alpha.csv", "--prores-warmup-iters", "9"],
+        ["--prores-warmup-iters 9", "--prores-schedule file:/nowhere/alpha.csv"],
+    ),
+    "a schedule's module that is not there": (
+        [*MOCK, "--prores-schedule", "no_such_module:alphas"],
+        ["--prores-schedule no_such_module:alphas", "cannot import", "PYTHONPATH"],
+    ),
+    "a schedule's function with another signature": (
+        [*MOCK, "--prores-schedule", "math:sqrt"],
+        ["--prores-schedule math:sqrt", "at step 0, for 4 layers", "TypeError"],
+    ),
+    "the same, where Megatron alone knows the number of layers": (
+        [
+            *(word.replace("--num-layers", "--encoder-num-layers") for word in MOCK),
+            *("--save-interval", "1", "--prores-schedule", "math:sqrt"),
+        ],
+        ["--prores-schedule math:sqrt", "at step 0, for 4 layers", "TypeError"],
     ),
     "negative warmup": ([*MOCK, "--prores-warmup-iters", "-1"], ["--prores-warmup-iters -1"]),
     "both warmup flags": (
@@ -50,6 +73,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["--data-path /nowhere/text_document", ".bin"],
     ),
     "no data at all": (CPU, ["no data", "--data-path"]),
+    "no evaluation interval": (
+        [flag for flag in MOCK if flag not in ("--eval-interval", "1")],
+        ["--eval-interval is missing"],
+    ),
     "unknown flag": ([*MOCK, "--prores-shedule", "linear"], ["--prores-shedule"]),
     "a flag that Megatron refuses": (
         [*MOCK, "--tensor-model-parallel-size", "2"],

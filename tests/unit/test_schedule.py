@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from megatron_prores.schedule import SCHEDULES, alphas, opening_steps
-from tests.golden import DIRECTORY
+from tests.golden import load_json
 
-GOLDEN = json.loads((DIRECTORY / "alpha.json").read_text())
+GOLDEN = load_json("alpha.json")
 MOVING = [name for name in SCHEDULES if not name.startswith("fix_")]
 SIZES = [(1, 1), (4, 12), (7, 1000), (24, 24000), (120, 60000), (10000, 10**9)]
 

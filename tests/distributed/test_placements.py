@@ -1,0 +1,126 @@
+"""Norm placements: what a layer computes, and the same run on every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prores.placement import PLACEMENTS
+from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
+from tests.distributed.launch import Job, run_job, run_ranks
+from tests.distributed.test_layouts import LAYOUTS, assert_same_run
+
+SHOWN_LAYOUTS = (
+    "TP2 with sequence parallelism",
+    "PP2 with 2 virtual stages",
+    "DP2 with the distributed optimizer",
+)
+OTHERS = [name for name in PLACEMENTS if name != "pre"]
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def placement_run(
+    request: pytest.FixtureRequest, text: Text, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Job]:
+    """Flags of a run from a checkpoint with one placement, and that run on one rank."""
+    root = tmp_path_factory.mktemp(request.param)
+    flags = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, "--norm-placement", request.param]
+    saved = run_job(root / "save", [*flags, *saving(root / "saved")])
+    assert saved.succeeded, saved.output[-3000:]
+    flags += loading(root / "saved")
+    job = run_job(root / "one", flags)
+    assert job.succeeded, job.output[-3000:]
+    return flags, job
+
+
+@pytest.mark.parametrize("layout", SHOWN_LAYOUTS)
+def test_same_run_on_every_layout(
+    layout: str, placement_run: tuple[list[str], Job], tmp_path: Path
+) -> None:
+    flags, one_rank = placement_run
+    ranks, more = LAYOUTS[layout]
+    assert_same_run(run_job(tmp_path, [*flags, *more.split()], ranks), one_rank)
+
+
+def test_placements_are_different_models(
+    text: Text, tmp_path: Path, on_one_rank: Job, placement_run: tuple[list[str], Job]
+) -> None:
+    _, job = placement_run
+    assert job.scalars("lm loss") != pytest.approx(on_one_rank.scalars("lm loss"), rel=1e-4)
+
+
+def check_layer_is_its_formula(name: str) -> None:
+    """Computes a layer step by step from its own modules, with perturbed norm weights."""
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True, norm_placement=name)
+    layers.grow(layer)
+    with torch.no_grad():
+        for index, (parameter_name, parameter) in enumerate(layer.named_parameters()):
+            if "norm" in parameter_name:
+                parameter.copy_(1.0 + 0.1 * torch.cos((index + 1.0) * torch.arange(layers.HIDDEN)))
+    x = layers.hidden_states()
+    placement = PLACEMENTS[name]
+    d = (2 * 4) ** 0.25 if name == "deepnorm" else 1.0
+
+    def attention(stream: torch.Tensor) -> torch.Tensor:
+        return layer.self_attention(stream, attention_mask=layers.causal_mask())[0]
+
+    def mlp(stream: torch.Tensor) -> torch.Tensor:
+        return layer.mlp(stream)[0]
+
+    def behind(norm: torch.nn.Module, value: torch.Tensor, here: bool) -> torch.Tensor:
+        return norm(value) if here else value
+
+    for a in (0.0, 0.3, 1.0):
+        layer.set_alpha(a)
+        y = x
+        for before, branch, after in (
+            (layer.input_layernorm, attention, layer.post_self_attn_layernorm),
+            (layer.pre_mlp_layernorm, mlp, layer.post_mlp_layernorm),
+        ):
+            f = behind(after, branch(before(y)), placement.norm_branch)
+            y = behind(after, d * y + a * f, placement.norm_sum)
+        torch.testing.assert_close(layers.run(layer, x), y, rtol=1e-5, atol=1e-5)
+        if a == 0.0 and not placement.norm_sum:
+            assert torch.equal(layers.run(layer, x), x)
+        if a == 0.0 and placement.norm_sum:
+            once = layer.post_self_attn_layernorm(d * x)
+            assert torch.equal(layers.run(layer, x), layer.post_mlp_layernorm(d * once))
+    names = {n.split(".")[0] for n, _ in layer.named_parameters() if "layernorm" in n}
+    assert len(names) == 2 + 2 * placement.norm_branch
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_layer_is_its_formula(name: str, tmp_path: Path) -> None:
+    job = run_ranks(tmp_path, check_layer_is_its_formula, (name,))
+    assert job.succeeded, job.output[-3000:]
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_no_class_of_ours_in_a_plain_model(name: str, text: Text, tmp_path: Path) -> None:
+    argv = [*MODEL, *text.flags, "--prores-schedule", "none", "--norm-placement", name]
+    job = run_job(tmp_path, [*argv, "--train-iters", "1"], prepare=print_own_classes)
+    assert job.succeeded, job.output[-3000:]
+    (line,) = [line for line in job.output.splitlines() if line.startswith("own classes:")]
+    own = line.removeprefix("own classes:").split()
+    assert ("ProResTransformerLayer" in own) == (not PLACEMENTS[name].is_stock)
+    assert bool(own) == (not PLACEMENTS[name].is_stock)
+
+
+def print_own_classes() -> None:
+    """Prints which of the model's modules have a class of this project's."""
+    from megatron_prores import init
+
+    stock = init.finish
+
+    def finish(chunks: list[torch.nn.Module], prores: object) -> None:
+        stock(chunks, prores)
+        classes = {type(module) for chunk in chunks for module in chunk.modules()}
+        own = sorted(c.__name__ for c in classes if c.__module__.startswith("megatron_prores"))
+        print("own classes:", " ".join(own))
+
+    init.finish = finish

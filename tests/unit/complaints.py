@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_prores.errors import UserError
+
+
+def complaint_of(function: Callable[..., object], *args: object) -> str:
+    """What a user reads when ``function(*args)`` refuses: one line that names the flag."""
+    with pytest.raises(UserError) as error:
+        function(*args)
+    words = error.value.words()
+    assert words.startswith("--prores-")
+    assert "\n" not in words
+    return words
