@@ -19,7 +19,7 @@ from megatron_prores.errors import run_program  # noqa: E402
 
 def main() -> None:
     """Parses, builds, and hands over to Megatron's own training program."""
-    prores, device_name = read_prores_flags(sys.argv[1:])
+    _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
 
     # Megatron may only be imported now that the device is known.
@@ -36,7 +36,7 @@ def main() -> None:
     upstream.fork_data_workers()
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()
-    args = parse_args(device_name)
+    args, prores = parse_args(device_name)
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
     close_tensorboard()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import linecache
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,24 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"Default: {DEFAULT_WARMUP_ITERS_PER_LAYER}, if --prores-warmup-iters is not given.",
     )
     group.add_argument(
+        "--prores-warmup-samples",
+        type=int,
+        metavar="S",
+        help="The whole warmup in samples: alpha follows the consumed samples, as the learning "
+        "rate does in sample-based training.",
+    )
+    group.add_argument(
+        "--prores-override-checkpoint",
+        action="store_true",
+        help="Go on from a checkpoint that was trained with other ProRes settings, with the "
+        "settings of this command line.",
+    )
+    group.add_argument(
+        "--prores-restart",
+        action="store_true",
+        help="With --finetune: warm the loaded model up again, all layers closed at first.",
+    )
+    group.add_argument(
         "--norm-placement",
         default="pre",
         metavar="NAME",
@@ -94,6 +113,7 @@ def prores_config(args: argparse.Namespace) -> ProResConfig:
         schedule=args.prores_schedule,
         warmup_iters=args.prores_warmup_iters,
         warmup_iters_per_layer=args.prores_warmup_iters_per_layer,
+        warmup_samples=args.prores_warmup_samples,
         norm_placement=args.norm_placement,
         branch_init=args.branch_init,
         embedding_weight_decay=args.embedding_weight_decay,
@@ -130,7 +150,15 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
     return config, args.device
 
 
-def parse_args(device: str) -> argparse.Namespace:
+def explicit_prores_flags(argv: Sequence[str]) -> set[str]:
+    """Names the destinations of our flags that the command line really has."""
+    parser = add_prores_args(_Parser(add_help=False, allow_abbrev=False))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
+
+
+def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     """Parses and validates the whole command line with Megatron's own parser.
 
     Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
@@ -140,13 +168,15 @@ def parse_args(device: str) -> argparse.Namespace:
         device: "cuda" or "cpu", as :func:`read_prores_flags` gave it; the CPU has other defaults.
 
     Returns:
-        Megatron's arguments.
+        Megatron's arguments, and the ProRes configuration, agreed with the checkpoint to load.
 
     Raises:
-        UserError: A flag is unknown, wrong, or cannot work with ProRes or on the chosen device.
+        UserError: A flag is unknown, wrong, or cannot work with ProRes, on the chosen device, or
+            with the checkpoint.
     """
     from megatron.training import arguments
 
+    from megatron_prores import checkpoint
     from megatron_prores.compatibility import check_files, check_flags
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -161,15 +191,21 @@ def parse_args(device: str) -> argparse.Namespace:
 
     # Once for our checks, which must come before upstream opens files and writers.
     args = arguments.parse_args(provider)
+    saved = checkpoint.find_saved_run(args)
+    restored = checkpoint.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
+    prores = prores_config(args)
     check_flags(args)
     check_files(args)
+    checkpoint.check_agreement(args, prores, saved)
     try:
         args = arguments.parse_and_validate_args(provider)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(_upstream_words(error)) from error
-    # Only now are the layers known that --use-checkpoint-args takes from a checkpoint.
-    prores_config(args).check_layers(args.num_layers)
-    return args
+    vars(args).update(restored)
+    prores.check_layers(args.num_layers)
+    # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
+    args.prores_settings = prores.settings(args.num_layers)
+    return args, prores
 
 
 def _upstream_words(error: Exception) -> str:

@@ -77,7 +77,9 @@ class FusedDotProductAttention(DotProductAttention):
         else:
             causal = _is_causal(attention_mask)
         context = F.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=None if causal or attention_mask is None else ~attention_mask,
             is_causal=causal,
             # Under --apply-query-key-layer-scaling the stock softmax takes back what the scores

@@ -56,7 +56,7 @@ def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int])
 
     Args:
         warmup: The warmup of this rank, set to ``step``.
-        step: Iterations completed.
+        step: Step of the schedule, in its unit.
         rank: Global rank.
         pipeline: Global ranks of this rank's pipeline, first stage first.
     """
@@ -72,7 +72,7 @@ def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int])
         for virtual_stage, layers in enumerate(warmup.chunks)
         for layer in layers
     )
-    settings = f"{warmup.config}, {warmup.num_layers} layers, at iteration {step}"
+    settings = f"{warmup.config}, {warmup.num_layers} layers, after {step} {warmup.config.unit}"
     if (digest := warmup.config.schedule_digest) is not None:
         # The same name may be another file on another node.
         settings += f", with a schedule file of sha256 {digest}"
@@ -137,14 +137,17 @@ def table(reports: list[RankReport]) -> str:
     return "\n".join(lines)
 
 
-def layer_map(reports: list[RankReport], opening_steps: list[int | None]) -> str:
+def layer_map(
+    reports: list[RankReport], opening_steps: list[int | None], unit: str = "iterations"
+) -> str:
     """Draws the layer-to-stage map of the first pipeline, with the step that opens each layer.
 
     Args:
         reports: One per rank of the job.
-        opening_steps: For layer 1..L the iteration from which its alpha is 1; None for never.
+        opening_steps: For layer 1..L the step from which its alpha is 1; None for never.
+        unit: What the steps count, "iterations" or "samples".
     """
-    lines = [f"{'layer':>6} {'stage':>6} {'virtual':>8}  opens fully at iteration"]
+    lines = [f"{'layer':>6} {'stage':>6} {'virtual':>8}  opens fully after ({unit})"]
     held_layers = [
         held for report in reports if report.replica == reports[0].replica for held in report.layers
     ]
@@ -162,7 +165,7 @@ def audit(warmup: ResidualWarmup, step: int) -> str:
 
     Args:
         warmup: The warmup of this rank, set to ``step``.
-        step: Iterations completed.
+        step: Step of the schedule, in its unit.
 
     Returns:
         The layer-to-stage map, for the log.
@@ -186,4 +189,5 @@ def audit(warmup: ResidualWarmup, step: int) -> str:
             "the ranks do not agree about the layers (ProRes audit)\n"
             + "\n".join([*shown, table(reports)])
         )
-    return layer_map(reports, warmup.config.opening_steps(warmup.num_layers))
+    config = warmup.config
+    return layer_map(reports, config.opening_steps(warmup.num_layers), config.unit)

@@ -45,6 +45,10 @@ class ProResConfig:
     warmup_iters_per_layer: int | None = None
     """T, the part of one layer in iterations. None: 1000, where W is not given either."""
 
+    warmup_samples: int | None = None
+    """W in samples (sequences) instead of iterations: alpha then follows the consumed samples, as
+    Megatron's learning rate does in sample-based training, also while the batch size ramps up."""
+
     norm_placement: str = "pre"
     """Where the norms of a layer sit, one of ``placement.PLACEMENTS``."""
 
@@ -70,21 +74,21 @@ class ProResConfig:
                 f"--prores-schedule {self.schedule}: no such schedule; choose one of "
                 f"{', '.join((OFF, *SCHEDULES))}, or give file:PATH or module:function"
             )
-        if self.warmup_iters is not None and self.warmup_iters_per_layer is not None:
-            raise UserError(
-                "--prores-warmup-iters and --prores-warmup-iters-per-layer say the same thing "
-                "twice: give one of them"
-            )
-        for flag, value in (
-            ("--prores-warmup-iters", self.warmup_iters),
-            ("--prores-warmup-iters-per-layer", self.warmup_iters_per_layer),
-        ):
-            if value is not None and value < 1:
+        lengths = {
+            "--prores-warmup-iters": self.warmup_iters,
+            "--prores-warmup-iters-per-layer": self.warmup_iters_per_layer,
+            "--prores-warmup-samples": self.warmup_samples,
+        }
+        given = {flag: value for flag, value in lengths.items() if value is not None}
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} each say how long the warmup is: give one")
+        for flag, value in given.items():
+            if value < 1:
                 raise UserError(
-                    f"{flag} {value}: must be at least 1 iteration; for a model without warmup "
-                    f"use --prores-schedule {OFF}"
+                    f"{flag} {value}: must be at least 1; for a model without warmup use "
+                    f"--prores-schedule {OFF}"
                 )
-            if value is not None and self.schedule.startswith(FILE):
+            if self.schedule.startswith(FILE):
                 raise UserError(
                     f"{flag} {value} cannot be used with --prores-schedule {self.schedule}: its "
                     "steps are those of the file"
@@ -108,7 +112,7 @@ class ProResConfig:
             UserError: The schedule is for another number of layers, or not within [0, 1].
         """
         if self.custom is not None:
-            self.custom.check(num_layers, self.total_warmup_iters(num_layers))
+            self.custom.check(num_layers, self.total_warmup(num_layers))
 
     @property
     def initialization(self) -> str:
@@ -127,28 +131,56 @@ class ProResConfig:
         """Whether the run scales its residual branches at all."""
         return self.schedule != OFF
 
-    def total_warmup_iters(self, num_layers: int) -> int:
-        """Gives W, the length of the whole warmup, in iterations, for a model of ``num_layers``.
+    @property
+    def unit(self) -> str:
+        """What the steps of the schedule count: "iterations" or "samples"."""
+        return "iterations" if self.warmup_samples is None else "samples"
+
+    def total_warmup(self, num_layers: int) -> int:
+        """Gives W, the length of the whole warmup for a model of ``num_layers``, in ``unit``.
 
         Of a table in a file that is the step of its last row.
         """
         if isinstance(self.custom, FileSchedule):
             return self.custom.last_step
+        if self.warmup_samples is not None:
+            return self.warmup_samples
         if self.warmup_iters is not None:
             return self.warmup_iters
         per_layer = self.warmup_iters_per_layer or DEFAULT_WARMUP_ITERS_PER_LAYER
         return per_layer * num_layers
 
+    def settings(self, num_layers: int) -> dict[str, str | int]:
+        """Lists what a checkpoint remembers, by the flag that sets it.
+
+        Two runs with the same settings give every layer the same alpha at every step. Where a value
+        follows from another (the warmup from its length per layer), it is the value that counts.
+        """
+        settings: dict[str, str | int] = {
+            # A file is what is in it, wherever it lies.
+            "--prores-schedule": FILE if self.schedule.startswith(FILE) else self.schedule,
+            "--norm-placement": self.norm_placement,
+            "--branch-init": self.initialization,
+            "--num-layers": num_layers,
+        }
+        if self.schedule_digest is not None:
+            settings["the sha256 of the schedule's file"] = self.schedule_digest
+        has_length = not self.schedule.startswith((FILE, "fix_"))
+        if self.enabled and has_length:
+            flag = "--prores-warmup-" + ("iters" if self.unit == "iterations" else "samples")
+            settings[flag] = self.total_warmup(num_layers)
+        return settings
+
     def alphas(self, step: int, num_layers: int) -> Alphas:
-        """Evaluates the schedule: alpha of layer 1..L after ``step`` updates, float64 [L]."""
-        warmup = self.total_warmup_iters(num_layers)
+        """Evaluates the schedule: alpha of layer 1..L at ``step``, in ``unit``; float64 [L]."""
+        warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.alphas(step, num_layers, warmup)
         return alphas(self.schedule, step, num_layers, warmup)
 
     def opening_steps(self, num_layers: int) -> list[int | None]:
-        """Gives for layer 1..L the iteration from which alpha is 1, None where it never is."""
-        warmup = self.total_warmup_iters(num_layers)
+        """Gives for layer 1..L the step from which alpha is 1, in ``unit``; None for never."""
+        warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.opening_steps(num_layers, warmup)
         return opening_steps(self.schedule, num_layers, warmup)

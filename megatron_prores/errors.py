@@ -15,6 +15,9 @@ class StopRun(Exception):  # noqa: N818, it is no error of the program's
 
     exit_code = 1
 
+    told_by_all_nodes = False
+    """Whether each node says it. Else only rank 0 does: all ranks stop for the same reason."""
+
     def words(self) -> str:
         """Gives the message as it is shown."""
         return str(self)
@@ -24,22 +27,21 @@ class UserError(StopRun):
     """A wrong input, told in the user's words: which flag, which value, what to do. One line."""
 
     exit_code = 2  # as argparse's
+    told_by_all_nodes = True  # a file may be missing on one node alone
 
     def words(self) -> str:
         """Gives the message on one line, whatever it was put together from."""
         return " ".join(str(self).split())
 
 
-def print_error(message: str) -> None:
-    """Prints an error on standard error.
-
-    All ranks of a job stop for the same reason; only the first says it, or a thousand ranks would
-    print it a thousand times.
+def print_error(message: str, told_by_all_nodes: bool = True) -> None:
+    """Prints an error on standard error, once per node or once per job, not once per rank.
 
     Args:
         message: What is wrong and what to do.
+        told_by_all_nodes: Whether the first rank of each node prints it, or only rank 0.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("LOCAL_RANK" if told_by_all_nodes else "RANK", "0")) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -55,7 +57,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except StopRun as reason:
-        print_error(reason.words())
+        print_error(reason.words(), reason.told_by_all_nodes)
         code = reason.exit_code
     except KeyboardInterrupt:
         print_error("interrupted")

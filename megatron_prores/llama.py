@@ -1,13 +1,13 @@
 """Weights by their Llama names, in and out of a Megatron model, for every norm placement.
 
 One table, read in both directions. A Megatron parameter is one or more Llama weights joined along
-their rows, each cut over the tensor-parallel ranks along one dimension. Which layers a rank holds is
-the layers' own business, so every pipeline and virtual-pipeline layout is served.
+their rows, each cut over the tensor-parallel ranks along one dimension. Which layers a rank holds
+is the layers' own business, so every pipeline and virtual-pipeline layout is served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
+
+from megatron_prores.placement import PLACEMENTS
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,34 @@ def from_llama(chunks: list[Any], norm_placement: str, weights: Mapping[str, Ten
                 f"model has {tuple(parameter.shape)}"
             )
         parameter.copy_(shard)
+
+
+def fold_alphas(
+    weights: Mapping[str, Tensor], norm_placement: str, alphas: Sequence[float]
+) -> dict[str, Tensor]:
+    """Folds each layer's alpha into its weights: the same model, without ProRes.
+
+    A branch ends in a linear without bias, or, in a sandwich, in a norm without bias: scaling that
+    last weight scales the branch. A model exported before its warmup is over must be folded, or it
+    would run with branches that are larger than those it was trained with.
+
+    Args:
+        weights: Llama name -> whole tensor.
+        norm_placement: One of ``placement.PLACEMENTS``.
+        alphas: alpha of layer 1..L at the iteration of the weights.
+
+    Returns:
+        Llama name -> tensor; new ones where they differ.
+    """
+    last = ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
+    if PLACEMENTS[norm_placement].norm_branch:
+        last = [_SANDWICH_NORMS[_AFTER_ATTENTION], _SANDWICH_NORMS[_AFTER_MLP]]
+    folded = dict(weights)
+    for index, alpha in enumerate(alphas):
+        for name in last:
+            key = f"model.layers.{index}.{name}"
+            folded[key] = weights[key] * alpha
+    return folded
 
 
 def _parameters(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -111,7 +112,7 @@ def _prores_layer(
 
 def _with_fused_attention(attention: ModuleSpec) -> ModuleSpec:
     """Exchanges the local core attention; Transformer Engine's, which is fused itself, stays."""
-    submodules = getattr(attention, "submodules", None)
+    submodules: Any = getattr(attention, "submodules", None)
     if getattr(submodules, "core_attention", None) is not DotProductAttention:
         return attention
     submodules = dataclasses.replace(submodules, core_attention=FusedDotProductAttention)

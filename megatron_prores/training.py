@@ -74,23 +74,39 @@ class ProResRun:
         self.warmup = ResidualWarmup(self.config, self.num_layers, model_chunks)
         return model_chunks
 
-    def before_forward(self, step: int) -> None:
-        """Sets alpha before the forward passes of a training step or an evaluation."""
+    def progress(self, iteration: int) -> int:
+        """Gives t, the step of the schedule: completed iterations, or the samples they consumed.
+
+        Both are counters that a checkpoint restores; Megatron moves on the second between the
+        forward passes of a step and the evaluation after it, as the first.
+        """
+        if self.config.unit == "samples":
+            return int(get_args().consumed_train_samples)
+        return iteration
+
+    def before_forward(self, iteration: int) -> None:
+        """Sets alpha before the forward passes of a training step or an evaluation.
+
+        Args:
+            iteration: Iterations completed.
+        """
         assert self.warmup is not None, "the model was not built through the configuration"
+        step = self.progress(iteration)
         self.warmup.set_step(step)
         if not self.audited:
             layer_map = audit(self.warmup, step)
-            total = self.config.total_warmup_iters(self.num_layers)
+            unit, total = self.config.unit, self.config.total_warmup(self.num_layers)
             summary = (
-                f"schedule {self.config.schedule}, warmup of {total} iterations over "
-                f"{self.num_layers} layers, at iteration {step}"
+                f"schedule {self.config.schedule}, warmup of {total} {unit} over "
+                f"{self.num_layers} layers, after {step} {unit}"
             )
             print_rank_0(indent(f"{summary}\n{layer_map}", "> ProRes: "))
             # The curves of alpha begin where the run does.
-            log_alphas(self.warmup.alphas(step), step)
+            log_alphas(self.warmup.alphas(step), iteration)
             self.audited = True
 
     def after_logging(self, iteration: int) -> None:
         """Logs alpha beside Megatron's own scalars, at the log interval."""
         if iteration % get_args().log_interval == 0:
-            log_alphas(self.config.alphas(iteration, self.num_layers), iteration)
+            step = self.progress(iteration)
+            log_alphas(self.config.alphas(step, self.num_layers), iteration)

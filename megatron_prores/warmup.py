@@ -45,8 +45,8 @@ class ResidualWarmup:
         Must be called before the forward passes of a step, on all ranks alike.
 
         Args:
-            step: t, the iterations completed. The first training step runs with 0, an evaluation
-                after N iterations with N.
+            step: t, the iterations completed (or their samples, as the schedule counts). The first
+                training step runs with 0, an evaluation after N iterations with N.
         """
         values = self.alphas(step)
         for layers in self.chunks:

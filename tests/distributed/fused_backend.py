@@ -75,3 +75,17 @@ def run_forward_case(case: str, directory: str) -> None:
 
     ProResLayerMixin.__init__ = tell
     golden_ranks.run_forward_case(case, {"transformer_impl": "transformer_engine"}, directory)
+
+
+def use_instead_of_local() -> None:
+    """Builds the models of the CPU device, whose spec is the local one, on this backend."""
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    from megatron_prores import specs
+
+    use()
+    specs.default_layer_spec = lambda config, vp_stage: get_gpt_layer_with_transformer_engine_spec()
+    specs._backend = lambda config: FusedBackend()
+    print("local backend exchanged for one with", NormThenLinear.__name__)

@@ -113,16 +113,22 @@ def _forward_step(with_labels: bool, data_iterator: Any, model: Any) -> tuple[An
     return output, mean_loss if with_labels else None
 
 
-def run_forward_case(case: str, layout: dict[str, Any], directory: str) -> None:
-    """Computes logits, loss and gradients of one case and leaves them as files, one per stage."""
+def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bool = False) -> None:
+    """Computes logits, loss and gradients of one case and leaves them as files, one per stage.
+
+    With ``fold``, alpha is folded into the weights and every layer is open.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_prores.llama import to_llama
+    from megatron_prores.llama import fold_alphas, to_llama
 
     meta = golden.load_json("meta.json")
-    chunks = _build(case, golden.parameters("forward", case), layout)
-    if golden.has_prores(case):
+    weights = golden.parameters("forward", case)
+    if fold:
+        weights = fold_alphas(weights, golden.placement(case), meta["alpha_probe"])
+    chunks = _build(case, weights, layout)
+    if golden.has_prores(case) and not fold:
         _set_alphas(chunks)
     arguments = {
         "data_iterator": None,
@@ -203,9 +209,9 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     from megatron_prores.training import model_config
 
     sys.argv = ["pretrain_gpt_prores.py", *argv]
-    prores, device = read_prores_flags(argv)
+    _, device = read_prores_flags(argv)
     upstream.use_prebuilt_dataset_helpers()
-    args = parse_args(device)
+    args, prores = parse_args(device)
     initialize_megatron()
     config = model_config(args, prores)
     chunks = config.get_builder_cls()(config).build_distributed_models(

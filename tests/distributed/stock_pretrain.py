@@ -21,7 +21,7 @@ def main() -> None:
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()
     upstream.fork_data_workers()
-    args = parse_args("cpu")
+    args, _ = parse_args("cpu")
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
     close_tensorboard()

@@ -98,6 +98,17 @@ def test_a_backend_that_fuses_norm_and_linear(case: str, tmp_path: Path) -> None
         ]
 
 
+@pytest.mark.parametrize("case", filter(golden.has_prores, META["cases"]))
+def test_alphas_folded_into_the_weights_are_the_same_model(case: str, tmp_path: Path) -> None:
+    job = run_ranks(tmp_path, golden_ranks.run_forward_case, (case, {}, str(tmp_path), True))
+    assert job.succeeded, job.output[-3000:]
+    with np.load(tmp_path / "stage0.npz") as results:
+        logits, loss = results["logits"], results["loss"]
+    expected = golden.load_arrays(f"forward_{case}.npz")["logits"]
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert loss == pytest.approx(META["cases"][case]["loss"], abs=1e-6)
+
+
 def test_swapped_norms_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = run_ranks(tmp_path, run_with_swapped_norms, ("sandwich_prores", {}, str(tmp_path)))
     assert job.succeeded, job.output[-3000:]

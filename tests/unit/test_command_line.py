@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no data at all": (CPU, ["no data", "--data-path"]),
     "no evaluation interval": (
-        [flag for flag in MOCK if flag not in ("--eval-interval", "1")],
+        ["--device", "cpu", *MODEL[: MODEL.index("--eval-interval")], "--mock-data"],
         ["--eval-interval is missing"],
     ),
     "unknown flag": ([*MOCK, "--prores-shedule", "linear"], ["--prores-shedule"]),

@@ -10,7 +10,7 @@ from megatron_prores.errors import UserError
 def test_default_is_the_papers_linear_warmup_of_a_thousand_iterations_per_layer() -> None:
     config, device = read_prores_flags([])
     assert config == ProResConfig(schedule="linear")
-    assert config.total_warmup_iters(24) == 24000
+    assert config.total_warmup(24) == 24000
     assert device == "cuda"
 
 
@@ -23,7 +23,7 @@ def test_default_is_the_papers_linear_warmup_of_a_thousand_iterations_per_layer(
     ],
 )
 def test_warmup_is_given_whole_or_per_layer(argv: list[str], total: int) -> None:
-    assert read_prores_flags(argv)[0].total_warmup_iters(12) == total
+    assert read_prores_flags(argv)[0].total_warmup(12) == total
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,13 @@ def test_a_function_gives_alpha_from_step_layers_and_warmup(module_name: str) ->
     config.check_layers(4)
     for step in range(60):
         assert config.alphas(step, 4) == pytest.approx(alphas("linear", step, 4, 48), abs=1e-15)
-    assert config.total_warmup_iters(4) == 48
+    assert config.total_warmup(4) == 48
     assert config.opening_steps(4) == [12, 24, 36, 48]
 
 
 def test_a_functions_warmup_is_a_thousand_iterations_per_layer_by_default(module_name: str) -> None:
     config = function_config(module_name, RAMP)
-    assert config.total_warmup_iters(4) == 4000
+    assert config.total_warmup(4) == 4000
     assert config.opening_steps(4) == [1000, 2000, 3000, 4000]
 
 

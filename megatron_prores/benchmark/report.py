@@ -1,0 +1,115 @@
+"""What the benchmark says: a header, a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_prores.benchmark.measure import Ratio
+from megatron_prores.benchmark.options import Options
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model against the base of its comparison."""
+
+    comparison: str
+    """A norm placement, or ``attention``."""
+    measured: str
+    against: str
+    time: Ratio
+    memory: float
+    """Ratio of the peaks."""
+    seconds: list[float]
+    """Of each step, by repetition."""
+    base_seconds: list[float]
+    bytes: int
+    """Peak memory."""
+    base_bytes: int
+
+
+def header(options: Options, argv: Sequence[str]) -> dict[str, Any]:
+    """Says what was measured, on what, and how to do it again."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": f"python tools/benchmark.py {shlex.join(argv)}".strip(),
+        "machine": _machine(options.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": importlib.metadata.version("megatron-core"),
+        "model": asdict(options.size),
+        "repetitions": options.repetitions,
+    }
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(_REPOSITORY), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: not a git clone"
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def as_text(head: dict[str, Any], rows: list[Row]) -> str:
+    """Renders everything as Markdown."""
+    lines = [f"- {name}: {_in_words(value)}" for name, value in head.items()]
+    lines += [
+        "",
+        "Ratios: the median over the repetitions and, in brackets, its 95 % bootstrap interval.",
+        "`itself` is the base a second time: what the ratio of two equal models looks like here.",
+        "",
+        "| placement | measured | against | step time | base, ms | peak memory | base, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        time = f"{row.time.median:.3f} [{row.time.low:.3f}, {row.time.high:.3f}]"
+        milliseconds = f"{1000 * statistics.median(row.base_seconds):.1f}"
+        mebibytes = f"{row.base_bytes / 2**20:.1f}"
+        cells = [row.comparison, row.measured, row.against, time, milliseconds]
+        cells += [f"{row.memory:.4f}", mebibytes]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in value.items())
+    return str(value)
+
+
+def write_json(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
+    """Writes everything, with the seconds of every step, to ``path``."""
+    document = {**head, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,186 @@
+"""A model that trains: built by Megatron's builders, stepped by Megatron's own ``train_step``.
+
+Nothing of a step is left out but what Megatron's loop does around it: reading data from disk,
+logging, evaluating, saving. One rank, so no communication either.
+
+Imports Megatron: only after ``device.prepare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import socket
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.utils import get_model_config
+from megatron.training import get_args, get_timers, training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
+
+from megatron_prores import init, upstream
+from megatron_prores.arguments import parse_args
+from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.errors import UserError
+from megatron_prores.gpt import Batch, forward_step
+from megatron_prores.specs import prores_layer_spec
+from megatron_prores.warmup import ResidualWarmup
+
+STOCK = "stock"
+"""In place of a schedule: Megatron's own layer, not ours with all layers open."""
+
+WARMUP_ITERS_PER_LAYER = 1000
+"""T of the paper. The steps during warmup are taken around T / 2, where no layer is open yet."""
+
+BATCHES = 4
+
+
+def start_megatron(device: str, argv: list[str]) -> argparse.Namespace:
+    """Parses Megatron's flags and starts its only rank.
+
+    Args:
+        device: "cuda" or "cpu", made ready by ``device.prepare`` already.
+        argv: The command line of a training run.
+
+    Returns:
+        Megatron's arguments.
+
+    Raises:
+        UserError: Megatron refuses the flags, or there are more ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the benchmark is a program of one process: start it without torchrun")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    upstream.use_prebuilt_dataset_helpers()
+    program, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        parse_args(device)
+    finally:
+        sys.argv = program
+    args = get_args()
+    initialize_megatron()
+    set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+    return args
+
+
+def synthetic_batches(args: argparse.Namespace) -> list[Batch]:
+    """Makes micro-batches as Megatron's data loader hands them out, of random tokens."""
+    size, vocabulary = (args.micro_batch_size, args.seq_length), args.padded_vocab_size
+    generator = torch.Generator(device="cpu").manual_seed(args.seed)
+    causal = torch.ones(1, 1, size[1], size[1], dtype=torch.bool).triu(1)
+    return [
+        {
+            "tokens": torch.randint(vocabulary, size, generator=generator),
+            "labels": torch.randint(vocabulary, size, generator=generator),
+            "loss_mask": torch.ones(size),
+            "position_ids": torch.arange(size[1]).expand(size).contiguous(),
+            "attention_mask": causal.expand(size[0], -1, -1, -1).contiguous()
+            if args.create_attention_mask_in_dataloader
+            else None,
+        }
+        for _ in range(BATCHES)
+    ]
+
+
+class Trainee:
+    """One model with its optimizer, ready for training steps."""
+
+    def __init__(self, schedule: str, norm_placement: str, attention: str) -> None:
+        """Builds the model, its data-parallel wrapper and its optimizer from Megatron's flags.
+
+        Args:
+            schedule: A ProRes schedule; ``none``: no schedule; :data:`STOCK`: Megatron's layer.
+            norm_placement: One of ``placement.PLACEMENTS``.
+            attention: Megatron's ``--attention-backend``.
+        """
+        args = get_args()
+        prores = ProResConfig(
+            schedule=OFF if schedule == STOCK else schedule,
+            warmup_iters_per_layer=WARMUP_ITERS_PER_LAYER,
+            norm_placement=norm_placement,
+        )
+        # Upstream writes its choice of attention here, and stops if it finds another one.
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)
+        config = gpt_config_from_args(args)
+        config.transformer.attention_backend = AttnBackend[attention]
+        init.configure(config.transformer, prores)
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
+        if schedule != STOCK:
+            config.transformer_layer_spec = partial(
+                prores_layer_spec, norm_placement=norm_placement
+            )
+        self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self.config = get_model_config(self.model[0])
+        # As Megatron's train() does before its loop.
+        for chunk in self.model:
+            chunk.train()
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.timers = get_timers()
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.forward_backward = get_forward_backward_func()
+        self.data = RerunDataIterator(itertools.cycle(synthetic_batches(args)))
+        self.warmup: ResidualWarmup | None = None
+        if prores.enabled:
+            self.warmup = ResidualWarmup(prores, args.num_layers, self.model)
+        self.steps = 0
+
+    def copy_weights(self, other: Trainee) -> None:
+        """Takes over the weights of another model of the same placement."""
+        self.model[0].load_state_dict(other.model[0].state_dict())
+        self.optimizer.reload_model_params()
+
+    def step(self, opened: bool = False) -> tuple[float, float]:
+        """Trains for one step: sets alpha, runs forward and backward, updates the weights.
+
+        Args:
+            opened: Whether the warmup is over, rather than under way.
+
+        Returns:
+            Seconds, and the loss.
+        """
+        step = WARMUP_ITERS_PER_LAYER // 2
+        if opened and self.warmup is not None:
+            first = self.warmup.config.total_warmup(self.warmup.num_layers)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if self.warmup is not None:
+            self.warmup.set_step(step + self.steps % (WARMUP_ITERS_PER_LAYER // 2))
+        result: Any = training.train_step(
+            forward_step,
+            self.data,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.config,
+            self.forward_backward,
+            iteration=self.steps,
+        )
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.steps += 1
+        return seconds, float(result[0]["lm loss"])
+
+
+def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
+    init.finish(model_chunks, prores)
+    return model_chunks

@@ -1,0 +1,173 @@
+"""What a checkpoint remembers of ProRes, and the agreement of a run with the one that it loads.
+
+Megatron keeps a run's arguments in its checkpoints, ours among them, and ``prores_settings`` beside
+them (``ProResConfig.settings``). A run that goes on with other settings would give its layers other
+alphas than the ones they were trained with: it is stopped before any work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.errors import UserError
+
+_WARMUP_FLAGS = ("prores_warmup_iters", "prores_warmup_iters_per_layer", "prores_warmup_samples")
+
+RESTORED_FLAGS = (
+    "prores_schedule",
+    *_WARMUP_FLAGS,
+    "norm_placement",
+    "branch_init",
+    "embedding_weight_decay",
+)
+"""Destinations of the flags that ``--use-checkpoint-args`` restores."""
+
+_PLAIN_MEGATRON: dict[str, str | int] = {"--prores-schedule": OFF, "--norm-placement": "pre"}
+"""The settings of a checkpoint that has none: Megatron's own layer, without warmup."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that a checkpoint comes from."""
+
+    directory: str
+    """The checkpoint of one iteration."""
+    iteration: int
+    """Iterations completed."""
+    args: argparse.Namespace
+    """Its arguments."""
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """Its ProRes settings, by flag."""
+        return getattr(self.args, "prores_settings", _PLAIN_MEGATRON)
+
+
+def find_saved_run(args: Any) -> SavedRun | None:
+    """Reads the arguments of the checkpoint that a run is going to load, and nothing else of it.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Returns:
+        The saved run, or None where there is no checkpoint and training starts from the beginning.
+
+    Raises:
+        UserError: The checkpoint cannot be read.
+    """
+    for directory in (args.load, args.pretrained_checkpoint):
+        if directory is not None and (saved := _read(directory, args.ckpt_step)) is not None:
+            return saved
+    return None
+
+
+def _read(directory: str, step: int | None) -> SavedRun | None:
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    tracker = checkpointing.get_checkpoint_tracker_filename(directory)
+    if not os.path.isfile(tracker):
+        return None
+    try:
+        iteration, release = checkpointing.read_metadata(tracker)
+    except (SystemExit, AssertionError) as error:
+        raise UserError(
+            f"--load {directory}: {tracker} does not name an iteration; write the number of the "
+            "checkpoint to load into it, or give --ckpt-step"
+        ) from error
+    if step is not None:
+        iteration, release = step, False
+    name = checkpointing.get_checkpoint_name(
+        directory, iteration, release=release, return_base_dir=True
+    )
+    if not dist_checkpointing.check_is_distributed_checkpoint(name):
+        # Another format than ours, or damaged; whether it can be loaded is Megatron's to say.
+        return None
+    try:
+        state = dist_checkpointing.load_common_state_dict(name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--load {directory}: {name} cannot be read ({reason})") from error
+    if "args" not in state:
+        return None
+    return SavedRun(name, state.get("iteration", iteration), state["args"])
+
+
+def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict[str, Any]:
+    """Takes our flags from the checkpoint, as ``--use-checkpoint-args`` does Megatron's own.
+
+    Args:
+        args: Parsed; changed in place.
+        saved: The checkpoint to load.
+        explicit: Destinations of our flags that the command line has; these stay.
+
+    Returns:
+        Destination -> value of what was restored.
+    """
+    if not args.use_checkpoint_args or saved is None:
+        return {}
+    kept = set(explicit)
+    # The three lengths exclude each other: one of the user's own stands for all of them, and so
+    # does a schedule of the user's own.
+    if kept & {"prores_schedule", *_WARMUP_FLAGS}:
+        kept |= set(_WARMUP_FLAGS)
+    plain = argparse.Namespace(prores_schedule=OFF, norm_placement="pre")
+    source = saved.args if hasattr(saved.args, "prores_settings") else plain
+    restored = {
+        name: getattr(source, name)
+        for name in RESTORED_FLAGS
+        if name not in kept and hasattr(source, name)
+    }
+    vars(args).update(restored)
+    if args.num_layers is None:
+        args.num_layers = getattr(saved.args, "num_layers", None)
+    return restored
+
+
+def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> None:
+    """Refuses to load a checkpoint that this run's warmup does not continue.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+        prores: The ProRes configuration of this run.
+        saved: The checkpoint to load, or None.
+
+    Raises:
+        UserError: Names every setting that differs, both values, and the flag that overrides.
+    """
+    starts_at_zero = args.finetune or (
+        saved is not None and args.load is not None and not _is_under(saved.directory, args.load)
+    )
+    if starts_at_zero and prores.enabled and not args.prores_restart:
+        flag = "--finetune" if args.finetune else "--pretrained-checkpoint"
+        raise UserError(
+            f"{flag} starts at iteration 0, where the warmup of --prores-schedule "
+            f"{prores.schedule} switches the layers of the trained model off: give "
+            f"--prores-schedule {OFF} to train it on as it is, or --prores-restart to warm it up "
+            "again"
+        )
+    if args.prores_restart and not starts_at_zero:
+        raise UserError("--prores-restart is for --finetune: this run goes on where it stopped")
+    if saved is None or args.prores_override_checkpoint or args.num_layers is None:
+        return
+    ours = prores.settings(args.num_layers)
+    compared = ("--norm-placement",) if starts_at_zero else tuple(ours)
+    differences = [
+        f"{name} {saved.settings[name]} there, {ours[name]} here"
+        for name in compared
+        if name in saved.settings and saved.settings[name] != ours[name]
+    ]
+    if differences:
+        raise UserError(
+            f"{saved.directory} was trained with other ProRes settings: {'; '.join(differences)}. "
+            "Give the same, or --prores-override-checkpoint to go on with those of this command "
+            "line"
+        )
+
+
+def _is_under(path: str, directory: str) -> bool:
+    return os.path.realpath(path).startswith(os.path.realpath(directory) + os.sep)

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Measures what ProRes costs against stock Megatron: step time and peak memory."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_prores.benchmark.main import main
+from megatron_prores.errors import run_program
+
+if __name__ == "__main__":
+    run_program(main)
