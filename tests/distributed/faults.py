@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 def number_layers_by_stage() -> None:
     """Each pipeline stage counts its layers from 1."""
@@ -21,6 +24,12 @@ def number_layers_by_stage_unaudited() -> None:
 
     number_layers_by_stage()
     training.audit = lambda warmup, step: ""
+
+
+def start_rank_1_with_another_schedule() -> None:
+    """One rank was started with other flags than the rest."""
+    if os.environ["RANK"] == "1":
+        sys.argv += ["--prores-schedule", "linear_square"]
 
 
 def forget_alpha_in_deepest_layer() -> None:

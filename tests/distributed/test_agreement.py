@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -105,11 +106,10 @@ def forget() -> None:
 
     stock = checkpointing.save_checkpoint
 
+    @functools.wraps(stock)
     def save_checkpoint(*args: object, **kwargs: object) -> object:
         saved_args = checkpointing.get_args()
-        for name in [name for name in vars(saved_args) if name.startswith("prores")]:
-            if name == "prores_settings":
-                delattr(saved_args, name)
+        vars(saved_args).pop("prores_settings", None)
         return stock(*args, **kwargs)
 
     checkpointing.save_checkpoint = save_checkpoint

@@ -98,7 +98,7 @@ def test_a_backend_that_fuses_norm_and_linear(case: str, tmp_path: Path) -> None
         ]
 
 
-@pytest.mark.parametrize("case", filter(golden.has_prores, META["cases"]))
+@pytest.mark.parametrize("case", [*filter(golden.has_prores, META["cases"])])
 def test_alphas_folded_into_the_weights_are_the_same_model(case: str, tmp_path: Path) -> None:
     job = run_ranks(tmp_path, golden_ranks.run_forward_case, (case, {}, str(tmp_path), True))
     assert job.succeeded, job.output[-3000:]

@@ -126,6 +126,16 @@ def test_layers_numbered_by_stage_are_stopped_by_the_audit(
     assert "Traceback" not in job.output
 
 
+def test_a_rank_with_another_schedule_is_stopped_by_the_audit(text: Text, tmp_path: Path) -> None:
+    argv = [*MODEL, *text.flags, *WARMUP, "--train-iters", "1"]
+    fault = faults.start_rank_1_with_another_schedule
+    job = run_job(tmp_path, argv, ranks=2, prepare=fault)
+    assert job.exit_codes == [1, 1]
+    assert "schedule='linear_square'" in job.output
+    assert "start all ranks with the same flags" in job.output
+    assert "Traceback" not in job.output
+
+
 @pytest.mark.parametrize(
     "fault", [faults.number_layers_by_stage_unaudited, faults.forget_alpha_in_deepest_layer]
 )

@@ -28,8 +28,8 @@ def test_open_layers_and_none_are_stock_megatron(
 ) -> None:
     ranks, flags = LAYOUTS[layout]
     # Upstream decays the embedding; initial weights come from the checkpoint.
-    argv = [*MODEL, *text.flags, *OPTIMIZER, *loading(checkpoint), "--embedding-weight-decay"]
-    argv += flags
+    argv = [*MODEL, *text.flags, *OPTIMIZER, *loading(checkpoint), *flags]
+    argv += ["--embedding-weight-decay", "--prores-override-checkpoint"]
     stock = run_job(tmp_path / "stock", [*argv, "--prores-schedule", "none"], ranks, program=STOCK)
     none = run_job(tmp_path / "none", [*argv, "--prores-schedule", "none"], ranks)
     # All layers are open from the iteration of the checkpoint on. The attention is Megatron's own,
