@@ -62,8 +62,32 @@ def variants(comparison: str, attention: str) -> list[Variant]:
     ]
 
 
-def compare(comparison: str, options: Options, attention: str) -> list[Row]:
-    """Measures the models of one comparison.
+def count_memory(models: list[Variant], options: Options) -> dict[str, int]:
+    """Gives the peak memory of each model, in bytes: alone, from its first weight on."""
+    from megatron_prores.benchmark.measure import peak_memory
+    from megatron_prores.benchmark.trainee import Trainee
+
+    peaks: dict[str, int] = {}
+    for model in models:
+        with peak_memory(options.device) as peak:
+            trainee = Trainee(model.schedule, model.norm_placement, model.attention)
+            for _ in range(MEMORY_STEPS):
+                trainee.step(model.opened)
+            del trainee
+        peaks[model.name] = peak.bytes
+    return peaks
+
+
+def compare(
+    comparison: str, models: list[Variant], peaks: dict[str, int], options: Options
+) -> list[Row]:
+    """Times the models of one comparison.
+
+    Args:
+        comparison: Its name.
+        models: The base first.
+        peaks: What :func:`count_memory` gave for them.
+        options: How often to repeat.
 
     Returns:
         A row for each model but the base.
@@ -71,27 +95,14 @@ def compare(comparison: str, options: Options, attention: str) -> list[Row]:
     Raises:
         RuntimeError: Models that must compute the same do not.
     """
-    from megatron_prores.benchmark.measure import interleave, peak_memory, ratio
+    from megatron_prores.benchmark.measure import interleave, ratio
     from megatron_prores.benchmark.report import Row
     from megatron_prores.benchmark.trainee import Trainee
 
-    models = variants(comparison, attention)
     base = models[0]
-
-    _say(f"{comparison}: memory")
-    peaks: dict[str, int] = {}
-    for model in models:
-        # Alone in the process, from its first weight on.
-        with peak_memory(options.device) as peak:
-            trainee = Trainee(model.schedule, model.norm_placement, model.attention)
-            for _ in range(MEMORY_STEPS):
-                trainee.step(model.opened)
-            del trainee
-        peaks[model.name] = peak.bytes
-
-    _say(f"{comparison}: {options.repetitions} repetitions of {len(models)} steps")
     trainees: dict[str, Trainee] = {}
     losses: dict[str, float] = {}
+    alphas: dict[str, list[float]] = {}
     for model in models:
         trainee = Trainee(model.schedule, model.norm_placement, model.attention)
         if trainees:
@@ -99,11 +110,13 @@ def compare(comparison: str, options: Options, attention: str) -> list[Row]:
         trainees[model.name] = trainee
     for model in models:
         losses[model.name] = trainees[model.name].step(model.opened)[1]
+        alphas[model.name] = trainees[model.name].alphas()
+        if min(alphas[model.name]) == 1.0 and not math.isclose(
+            losses[model.name], losses[base.name], rel_tol=1e-4
+        ):
+            raise RuntimeError(f"{model.name} is not the model that it is compared with: {losses}")
         for _ in range(WARM_STEPS - 1):
             trainees[model.name].step(model.opened)
-        same = model.opened or model.schedule == base.schedule
-        if same and not math.isclose(losses[model.name], losses[base.name], rel_tol=1e-3):
-            raise RuntimeError(f"{model.name} is not the model that it is compared with: {losses}")
 
     def step_of(model: Variant) -> Callable[[], float]:
         return lambda: trainees[model.name].step(model.opened)[0]
@@ -120,6 +133,7 @@ def compare(comparison: str, options: Options, attention: str) -> list[Row]:
             seconds[base.name],
             peaks[model.name],
             peaks[base.name],
+            alphas[model.name],
         )
         for model in models[1:]
     ]
@@ -140,27 +154,32 @@ def main() -> None:
     # Megatron prints its flags, its models and what it does without; a table has to be read.
     warnings.filterwarnings("ignore", message=".*(Apex|apex|[Tt]ransformer[ -][Ee]ngine)")
     logging.disable(logging.WARNING)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which looks for a GPU
     device.prepare(options.device)
 
     import torch
 
     from megatron_prores.benchmark import report, trainee
-    from megatron_prores.benchmark.measure import peak_memory
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rows: list[Row] = []
     with contextlib.redirect_stdout(io.StringIO()):
         args = trainee.start_megatron(options.device, options.argv)
-        local = args.transformer_impl == "local"
+        attention = "unfused" if args.transformer_impl == "local" else "auto"
+        if ATTENTION in options.comparisons and attention == "auto":
+            raise UserError(f"--placements {ATTENTION}: Transformer Engine has its own")
+        models = {name: variants(name, attention) for name in options.comparisons}
         # What is made once in the life of a process should not count for the first model.
-        with peak_memory(options.device):
-            trainee.Trainee(OFF, "pre", "unfused" if local else "auto").step()
-        for comparison in options.comparisons:
-            if comparison == ATTENTION and not local:
-                raise UserError(f"--placements {ATTENTION}: Transformer Engine has its own")
-            rows += compare(comparison, options, "unfused" if local else "auto")
+        count_memory([Variant("", OFF, "pre", attention)], options)
+        peaks = {}
+        for name in models:
+            _say(f"{name}: memory of {len(models[name])} models")
+            peaks[name] = count_memory(models[name], options)
+        for name in models:
+            _say(f"{name}: {options.repetitions} repetitions of {len(models[name])} steps")
+            rows += compare(name, models[name], peaks[name], options)
     head = report.header(options, argv)
     print(report.as_text(head, rows))
     if options.output is not None:

@@ -54,7 +54,7 @@ def interleave(
         gc.disable()
         try:
             for name in names:
-                seconds[name].append(steps[name]())
+                seconds[name].append(round(steps[name](), 6))
         finally:
             gc.enable()
     gc.unfreeze()

@@ -29,11 +29,11 @@ class Size:
 
 SIZES: dict[str, Size] = {
     "laptop": Size(
-        num_layers=6,
+        num_layers=4,
         hidden_size=256,
         ffn_hidden_size=688,
         num_attention_heads=4,
-        seq_length=256,
+        seq_length=128,
         micro_batch_size=2,
         vocab_size=4096,
     ),
@@ -112,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repetitions",
         type=int,
-        default=30,
+        default=80,
         metavar="N",
-        help="how often every model of a comparison takes its step; default: 30",
+        help="how often every model of a comparison takes its step; default: 80",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")

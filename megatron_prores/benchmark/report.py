@@ -39,6 +39,8 @@ class Row:
     bytes: int
     """Peak memory."""
     base_bytes: int
+    alphas: list[float]
+    """Of the layers, when the first step was timed; 1 where there is nothing to scale."""
 
 
 def header(options: Options, argv: Sequence[str]) -> dict[str, Any]:
@@ -111,5 +113,7 @@ def _in_words(value: Any) -> str:
 
 def write_json(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     """Writes everything, with the seconds of every step, to ``path``."""
-    document = {**head, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    # A line for each row: the seconds would fill a screen each otherwise.
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    start = json.dumps(head, indent=1).removesuffix("\n}")
+    path.write_text(f'{start},\n "rows": [\n{lines}\n]}}\n')

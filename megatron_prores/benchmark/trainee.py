@@ -149,6 +149,12 @@ class Trainee:
         self.model[0].load_state_dict(other.model[0].state_dict())
         self.optimizer.reload_model_params()
 
+    def alphas(self) -> list[float]:
+        """Gives what the layers multiply their branches by; 1 where they are Megatron's own."""
+        if self.warmup is None:
+            return [1.0]
+        return [layer.alpha.item() for chunk in self.warmup.chunks for layer in chunk]
+
     def step(self, opened: bool = False) -> tuple[float, float]:
         """Trains for one step: sets alpha, runs forward and backward, updates the weights.
 
@@ -158,13 +164,14 @@ class Trainee:
         Returns:
             Seconds, and the loss.
         """
-        step = WARMUP_ITERS_PER_LAYER // 2
-        if opened and self.warmup is not None:
-            first = self.warmup.config.total_warmup(self.warmup.num_layers)
+        half = WARMUP_ITERS_PER_LAYER // 2
+        t = half + self.steps % half
+        if opened:
+            t += WARMUP_ITERS_PER_LAYER * get_args().num_layers
         torch.cuda.synchronize()
         start = time.perf_counter()
         if self.warmup is not None:
-            self.warmup.set_step(step + self.steps % (WARMUP_ITERS_PER_LAYER // 2))
+            self.warmup.set_step(t)
         result: Any = training.train_step(
             forward_step,
             self.data,
