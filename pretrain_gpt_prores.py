@@ -7,6 +7,7 @@ Takes every flag of Megatron-LM's pretrain_gpt.py and the group "ProRes":
         --prores-warmup-iters-per-layer 1000 <Megatron's flags>
 """
 
+import os
 import sys
 import time
 
@@ -14,11 +15,13 @@ PROGRAM_START = time.time()
 
 from megatron_prores import device  # noqa: E402
 from megatron_prores.arguments import parse_args, read_prores_flags  # noqa: E402
+from megatron_prores.environment import check_environment  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
 
 
 def main() -> None:
     """Parses, builds, and hands over to Megatron's own training program."""
+    check_environment(os.environ)
     _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
 
@@ -27,7 +30,9 @@ def main() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_prores import upstream
+    from megatron_prores import lifecycle, upstream
+    from megatron_prores.checkpoint_files import guard
+    from megatron_prores.data import index_cache
     from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
     from megatron_prores.monitor import close_tensorboard
     from megatron_prores.training import model_config
@@ -36,9 +41,14 @@ def main() -> None:
     upstream.fork_data_workers()
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()
+    guard.install()
+    index_cache.install()
     args, prores = parse_args(device_name)
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
-    pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    with lifecycle.installed(args):
+        pretrain(
+            config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
+        )
     close_tensorboard()
 
 

@@ -11,9 +11,8 @@ import argparse
 import linecache
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_prores.config import (
     DEFAULT_WARMUP_ITERS_PER_LAYER,
@@ -71,6 +70,14 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--prores-restart",
         action="store_true",
         help="With --finetune: warm the loaded model up again, all layers closed at first.",
+    )
+    group.add_argument(
+        "--prores-verify-checkpoint",
+        default="hashes",
+        choices=("hashes", "sizes"),
+        help="What to compare of a checkpoint with its manifest before it is loaded; hashes: the "
+        "content of every file, each rank reading its share; sizes: only that every file is there "
+        "and as long as it was. Default: hashes.",
     )
     group.add_argument(
         "--norm-placement",
@@ -141,7 +148,12 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
     """
     parser = add_prores_args(_Parser(add_help=False, allow_abbrev=False))
     parser.add_argument("--num-layers", type=int)  # Megatron's; a user's own schedule must fit it
+    parser.add_argument("--yaml-cfg")  # Megatron would read it before anybody could object
     args, _ = parser.parse_known_args(argv)
+    if args.yaml_cfg is not None:
+        raise UserError(
+            "--yaml-cfg cannot be used with pretrain_gpt_prores.py: give the options as flags"
+        )
     if args.device not in DEVICES:
         raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
     config = prores_config(args)
@@ -176,8 +188,10 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     """
     from megatron.training import arguments
 
-    from megatron_prores import checkpoint
+    from megatron_prores import checkpoint, preflight
+    from megatron_prores.checkpoint_files.guard import check_paths
     from megatron_prores.compatibility import check_files, check_flags
+    from megatron_prores.data.dataset_files import data_prefixes
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         # Not a subclass: Megatron makes the parser itself.
@@ -191,16 +205,22 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
 
     # Once for our checks, which must come before upstream opens files and writers.
     args = arguments.parse_args(provider)
+    check_paths(args)
     saved = checkpoint.find_saved_run(args)
     restored = checkpoint.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
     prores = prores_config(args)
     check_flags(args)
     check_files(args)
     checkpoint.check_agreement(args, prores, saved)
+    datasets = [] if args.mock_data else data_prefixes(args)
     try:
-        args = arguments.parse_and_validate_args(provider)
+        with preflight.around_setup(datasets, saved, _upstream_words):
+            args = arguments.parse_and_validate_args(provider)
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(_upstream_words(error)) from error
+    except SystemExit as error:
+        # With exit code 0; rank 0 has printed why.
+        raise UserError("Megatron ended the run at these flags, with the words above") from error
     vars(args).update(restored)
     prores.check_layers(args.num_layers)
     # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
@@ -222,34 +242,3 @@ def _failed_assertion(traceback: TracebackType) -> str:
         traceback = traceback.tb_next
     line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
     return line.strip().removeprefix("assert ").removesuffix(", \\").replace("args.", "")
-
-
-def data_prefixes(args: Any) -> list[tuple[str, str]]:
-    """Lists the datasets that the flags name, each as (flag, path without ending).
-
-    Raises:
-        UserError: A list of data paths cannot be read.
-    """
-    prefixes: list[tuple[str, str]] = []
-    lists = {
-        "--data-path": args.data_path,
-        "--train-data-path": args.train_data_path,
-        "--valid-data-path": args.valid_data_path,
-        "--test-data-path": args.test_data_path,
-    }
-    if args.data_args_path:
-        if not Path(args.data_args_path).is_file():
-            raise UserError(f"--data-args-path {args.data_args_path}: no such file")
-        lists["--data-args-path"] = Path(args.data_args_path).read_text().split()
-    for flag, words in lists.items():
-        # Either prefixes alone, or weight and prefix in turn.
-        prefixes += [(flag, word) for word in words or [] if not _is_number(word)]
-    return prefixes
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

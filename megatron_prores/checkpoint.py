@@ -10,9 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_prores.checkpoint_files.guard import to_load
+from megatron_prores.checkpoint_files.manifest import DamagedError
+from megatron_prores.checkpoint_files.reader import FORMAT, StoredCheckpoint
+from megatron_prores.checkpoint_files.saving import REMOTE
 from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.custom_schedule import FILE, is_custom
 from megatron_prores.errors import UserError
 
 _WARMUP_FLAGS = ("prores_warmup_iters", "prores_warmup_iters_per_layer", "prores_warmup_samples")
@@ -66,35 +72,21 @@ def find_saved_run(args: Any) -> SavedRun | None:
 
 
 def _read(directory: str, step: int | None) -> SavedRun | None:
-    from megatron.core import dist_checkpointing
-    from megatron.training import checkpointing
-
-    tracker = checkpointing.get_checkpoint_tracker_filename(directory)
-    if not os.path.isfile(tracker):
+    if directory.startswith(REMOTE):
         return None
+    name = directory
     try:
-        iteration, release = checkpointing.read_metadata(tracker)
-    except (SystemExit, AssertionError) as error:
-        raise UserError(
-            f"--load {directory}: {tracker} does not name an iteration; write the number of the "
-            "checkpoint to load into it, or give --ckpt-step"
-        ) from error
-    if step is not None:
-        iteration, release = step, False
-    name = checkpointing.get_checkpoint_name(
-        directory, iteration, release=release, return_base_dir=True
-    )
-    if not dist_checkpointing.check_is_distributed_checkpoint(name):
-        # Another format than ours, or damaged; whether it can be loaded is Megatron's to say.
-        return None
-    try:
-        state = dist_checkpointing.load_common_state_dict(name)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"--load {directory}: {name} cannot be read ({reason})") from error
+        found = to_load(Path(directory), step)
+        # Without it: another format than ours; whether it can be loaded is Megatron's to say.
+        if found is None or not (found / FORMAT).is_file():
+            return None
+        name = str(found)
+        state = StoredCheckpoint(found).common
+    except DamagedError as error:
+        raise UserError(f"--load {directory}: {name} cannot be read: {error}") from error
     if "args" not in state:
         return None
-    return SavedRun(name, state.get("iteration", iteration), state["args"])
+    return SavedRun(name, state.get("iteration", 0), state["args"])
 
 
 def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict[str, Any]:
@@ -107,6 +99,9 @@ def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict
 
     Returns:
         Destination -> value of what was restored.
+
+    Raises:
+        UserError: The schedule in the checkpoint is a function of the user's own.
     """
     if not args.use_checkpoint_args or saved is None:
         return {}
@@ -122,6 +117,12 @@ def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict
         for name in RESTORED_FLAGS
         if name not in kept and hasattr(source, name)
     }
+    schedule = str(restored.get("prores_schedule", OFF))
+    if is_custom(schedule) and not schedule.startswith(FILE):
+        raise UserError(
+            f"--use-checkpoint-args: {saved.directory} was trained with --prores-schedule "
+            f"{schedule}; give that flag: no code runs because a checkpoint names it"
+        )
     vars(args).update(restored)
     if args.num_layers is None:
         args.num_layers = getattr(saved.args, "num_layers", None)

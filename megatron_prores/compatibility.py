@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from megatron_prores.arguments import data_prefixes, prores_config
+from megatron_prores.arguments import prores_config
 from megatron_prores.config import OFF
+from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
 from megatron_prores.errors import UserError
+from megatron_prores.limits import check_numbers, check_split, check_training
 from megatron_prores.placement import PLACEMENTS
+from megatron_prores.preflight import check_checkpoint_is_there, check_directories
 
 Rule = tuple[str, Callable[[Any], bool], str]
 """(the flag as the user gave it, whether it is given, why it cannot work)."""
 
 # This main program pretrains GPT models on packed text; upstream's has more modes.
 _NEVER: tuple[Rule, ...] = (
-    ("--yaml-cfg", lambda a: a.yaml_cfg is not None, "give the options as flags"),
+    (
+        "--checkpoint-activations",
+        lambda a: a.checkpoint_activations,
+        "it is no more; use --recompute-activations",
+    ),
+    (
+        "--adlr-autoresume",
+        lambda a: a.adlr_autoresume and not _installed("userlib"),
+        "its library, userlib, is not installed",
+    ),
     ("--sft", lambda a: a.sft, "this program pretrains; finetuning is not part of it"),
     ("--fim-data", lambda a: a.fim_data, "fill-in-the-middle data is not supported yet"),
     ("--perform-rl-step", lambda a: a.perform_rl_step, "this program pretrains"),
@@ -121,9 +132,9 @@ def check_flags(args: Any) -> None:
     if args.prores_schedule != OFF:
         _refuse(args, _NOT_WITH_PRORES, f"cannot be used with --prores-schedule other than {OFF}")
     _check_placement_and_init(args)
-    if not args.skip_train and not args.full_validation and args.eval_interval is None:
-        # Upstream divides by it, even when it evaluates nothing.
-        raise UserError("--eval-interval is missing: give the iterations between evaluations")
+    check_numbers(args)
+    check_training(args)
+    _check_async_save(args)
     if args.device == "cpu":
         from megatron_prores.cpu.flags import NOT_ON_CPU
 
@@ -132,6 +143,19 @@ def check_flags(args: Any) -> None:
         raise UserError(
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
             "is not installed: install megatron-prores[te], or use --transformer-impl local"
+        )
+
+
+def _check_async_save(args: Any) -> None:
+    if not args.async_save:
+        return
+    if not args.use_persistent_ckpt_worker:
+        # Upstream saves synchronously, and says so in one line among many.
+        raise UserError("--async-save needs --use-persistent-ckpt-worker: give both")
+    if args.async_strategy == "nvrx" and not _installed("nvidia_resiliency_ext"):
+        raise UserError(
+            "--async-strategy nvrx (the default of --async-save) needs nvidia-resiliency-ext, "
+            "which is not installed: install it, or use --async-strategy mcore"
         )
 
 
@@ -168,7 +192,7 @@ def _installed(module: str) -> bool:
 
 
 def check_files(args: Any) -> None:
-    """Refuses a run whose data or tokenizer is not there.
+    """Refuses a run whose data, tokenizer, checkpoint or output directories cannot be used.
 
     Args:
         args: Parsed, not yet validated by Megatron.
@@ -176,21 +200,19 @@ def check_files(args: Any) -> None:
     Raises:
         UserError: Names the flag and the file.
     """
+    check_directories(args)
+    check_checkpoint_is_there(args)
     if args.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: give the one that the data was made with")
     check_tokenizer_arguments(args)
     if args.mock_data:
         return
     prefixes = data_prefixes(args)
-    if not prefixes and not args.per_split_data_args_path:
+    if not prefixes:
         raise UserError(
             "no data to train on: give --data-path PREFIX, --train-data-path and "
             "--valid-data-path, or --mock-data"
         )
-    for flag, prefix in prefixes:
-        for ending in (".bin", ".idx"):
-            if not Path(prefix + ending).is_file():
-                raise UserError(
-                    f"{flag} {prefix}: no file {prefix}{ending}; give the path that "
-                    "tools/preprocess_data.py printed, without .bin or .idx"
-                )
+    check_split(args)
+    for flag, prefix in dict.fromkeys(prefixes):
+        check_dataset(flag, prefix)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
+
+_PATIENCE = 5.0
+"""Seconds that a silent rank waits with its end for the rank that prints the reason."""
+
+
+EXIT_INTERRUPTED = 75
+"""The run was asked to end by a signal, and has saved: start it again, it goes on. (EX_TEMPFAIL of
+sysexits.h. Python, torchrun and Megatron use 1, 2, 16, 17, and 128 + a signal's number.)"""
 
 
 class StopRun(Exception):  # noqa: N818, it is no error of the program's
@@ -34,6 +45,14 @@ class UserError(StopRun):
         return " ".join(str(self).split())
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others; the usage alone fills up to a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse found as a :class:`UserError`."""
+        raise UserError(f"{message} (--help explains the flags)")
+
+
 def print_error(message: str, told_by_all_nodes: bool = True) -> None:
     """Prints an error on standard error, once per node or once per job, not once per rank.
 
@@ -41,8 +60,13 @@ def print_error(message: str, told_by_all_nodes: bool = True) -> None:
         message: What is wrong and what to do.
         told_by_all_nodes: Whether the first rank of each node prints it, or only rank 0.
     """
-    if int(os.environ.get("LOCAL_RANK" if told_by_all_nodes else "RANK", "0")) == 0:
+    if _number("LOCAL_RANK" if told_by_all_nodes else "RANK") == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdigit() else 0  # wrong: that may be the error
 
 
 def run_program(main: Callable[[], int | None]) -> None:
@@ -59,6 +83,10 @@ def run_program(main: Callable[[], int | None]) -> None:
     except StopRun as reason:
         print_error(reason.words(), reason.told_by_all_nodes)
         code = reason.exit_code
+        if "TORCHELASTIC_RUN_ID" in os.environ and _number("LOCAL_RANK") != 0:
+            # torchrun ends all ranks with the first that ends; the one that says why should not be
+            # among the former.
+            time.sleep(_PATIENCE)
     except KeyboardInterrupt:
         print_error("interrupted")
         code = 130

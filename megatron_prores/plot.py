@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_prores.errors import UserError
+from megatron_prores.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: The logs or the output are not usable.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw a run's losses and the warm-up of its layers from its TensorBoard logs."
     )
     parser.add_argument("--tensorboard-dir", type=Path, required=True, help="the run's event files")

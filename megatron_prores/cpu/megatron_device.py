@@ -31,9 +31,16 @@ def install() -> None:
 
     Must run after ``torch_device.install`` and before ``megatron.training`` is imported.
     """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.tensor_parallel import random
 
     # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     logging.getLogger(random.__name__).addFilter(_expected_on_cpu)
+
+    # A checkpoint writer that is not forked would look for a CUDA device.
+    start_writer = PersistentAsyncCaller._get_process
+    PersistentAsyncCaller._get_process = staticmethod(
+        lambda rank, mp_mode="fork", *args: start_writer(rank, "fork", *args)
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_prores.data.staging import publish, staging_directory
-from megatron_prores.errors import UserError
+from megatron_prores.errors import Parser, UserError
 
 TRAIN_NAME = "train.jsonl"
 VALID_NAME = "valid.jsonl"
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: An argument or what was found is not usable.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Build a JSONL corpus from the sources of this Python's standard library.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

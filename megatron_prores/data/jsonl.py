@@ -134,6 +134,8 @@ def parse_document(line: bytes, keys: Sequence[str]) -> dict[str, str] | None:
         raise BrokenLineError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
         raise BrokenLineError("JSON nested too deep") from error
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits.
+        raise BrokenLineError("a number with too many digits") from error
     if not content:
         return None
     if not isinstance(document, dict):

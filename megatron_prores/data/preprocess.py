@@ -25,7 +25,7 @@ from megatron_prores.data.megatron_tokenizer import (
 )
 from megatron_prores.data.progress import Progress
 from megatron_prores.data.staging import publish, refuse_existing, staging_directory
-from megatron_prores.errors import UserError
+from megatron_prores.errors import Parser, UserError
 
 _SHOWN_PROBLEMS = 20
 """Broken lines reported one by one; a wholly broken input must not flood the log."""
@@ -181,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Turn JSON lines into the indexed dataset that Megatron trains on."
-    )
+    parser = Parser(description="Turn JSON lines into the indexed dataset that Megatron trains on.")
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE",
         help="JSONL files (.jsonl, .gz, .zst), glob patterns, or - for standard input",

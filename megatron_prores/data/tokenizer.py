@@ -31,7 +31,7 @@ from megatron_prores.data.jsonl import (
 )
 from megatron_prores.data.progress import Progress
 from megatron_prores.data.staging import publish, refuse_existing, staging_directory
-from megatron_prores.errors import UserError
+from megatron_prores.errors import Parser, UserError
 
 MODEL_TYPES = ("bpe", "unigram")
 
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a SentencePiece tokenizer (--tokenizer-type SentencePieceTokenizer).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -53,3 +53,25 @@ def break_fused_attention() -> None:
         raise RuntimeError("no fused attention")
 
     FusedDotProductAttention.forward = forward
+
+
+def nan_in_iteration_5() -> None:
+    """The loss is NaN in the fifth iteration, on the rank that computes it."""
+    import torch
+
+    from megatron_prores import gpt
+    from megatron_prores.training import ProResRun
+
+    iteration = 0
+    loss_func, before_forward = gpt.loss_func, ProResRun.before_forward
+
+    def note(run: ProResRun, completed: int) -> None:
+        nonlocal iteration
+        iteration = completed + 1
+        before_forward(run, completed)
+
+    def bad(loss_mask: torch.Tensor, output: torch.Tensor) -> object:
+        return loss_func(loss_mask, output * float("nan") if iteration == 5 else output)
+
+    ProResRun.before_forward = note
+    gpt.loss_func = bad

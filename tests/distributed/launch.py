@@ -129,6 +129,34 @@ def _record_alphas(path: Path) -> None:
     ProResRun.before_forward = before_forward  # type: ignore[method-assign]
 
 
+def start_ranks(
+    directory: Path, function: Callable[..., None], args: tuple[Any, ...], ranks: int
+) -> list[Any]:
+    """Starts ``function(*args)`` in each of ``ranks`` processes, and gives the processes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    processes = [
+        _context.Process(
+            target=_rank_main, args=(rank, ranks, port, str(directory), function, args)
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def start_job(
+    directory: Path,
+    argv: Sequence[str],
+    ranks: int,
+    prepare: Callable[[], None] | None = None,
+) -> list[Any]:
+    """Starts the main program like :func:`run_job`, and leaves its processes to the caller."""
+    argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]
+    return start_ranks(directory, _run_program, (str(MAIN_PROGRAM), argv, prepare), ranks)
+
+
 def run_ranks(
     directory: Path,
     function: Callable[..., None],
@@ -145,16 +173,7 @@ def run_ranks(
         ranks: World size.
         timeout: Seconds, after which all ranks are killed; the test then sees exit code None.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    processes = [
-        _context.Process(
-            target=_rank_main, args=(rank, ranks, port, str(directory), function, args)
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
+    processes = start_ranks(directory, function, args, ranks)
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         # Like torchrun: one failed rank ends the others.

@@ -1,0 +1,50 @@
+"""The environment that a launcher, torchrun, gives to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_prores.errors import UserError
+
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+_LAUNCHER = "start the program with torchrun, which sets it"
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuses what a launcher cannot have meant.
+
+    Args:
+        environment: The process's environment.
+
+    Raises:
+        UserError: Names the variable and its value.
+    """
+    numbers: dict[str, int] = {}
+    for name in _NUMBERS:
+        if text := environment.get(name):
+            if not (text.isascii() and text.isdigit()):
+                raise UserError(f"the environment has {name}={text}: must be a whole number")
+            numbers[name] = int(text)
+    if ("RANK" in numbers) != ("WORLD_SIZE" in numbers):
+        given, missing = sorted(("RANK", "WORLD_SIZE"), key=lambda name: name not in numbers)
+        raise UserError(
+            f"the environment has {given}={numbers[given]}, but no {missing}: {_LAUNCHER}"
+        )
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if size in numbers and numbers.get(rank, 0) >= numbers[size]:
+            raise UserError(
+                f"the environment has {rank}={numbers.get(rank, 0)} and {size}={numbers[size]}: "
+                f"ranks are numbered from 0 and are less than {size}"
+            )
+
+
+def check_address(environment: Mapping[str, str]) -> None:
+    """Refuses a run whose ranks would not find each other.
+
+    Raises:
+        UserError: Names the variable.
+    """
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise UserError(f"the environment has no {name}: {_LAUNCHER}")

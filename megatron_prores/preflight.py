@@ -1,0 +1,231 @@
+"""The checks around Megatron's own.
+
+Of directories and checkpoints before it validates its flags; of model, tokenizer and data between
+its validation and the first thing that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_prores.checkpoint import SavedRun
+from megatron_prores.data.dataset_files import check_token_ids
+from megatron_prores.environment import check_address
+from megatron_prores.errors import UserError
+from megatron_prores.limits import check_shapes, flag_of
+
+_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "group_query_attention",
+    "num_query_groups",
+    "swiglu",
+    "normalization",
+    "position_embedding_type",
+    "max_position_embeddings",
+    "untie_embeddings_and_output_weights",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "multi_latent_attention",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "mtp_num_layers",
+)
+"""Destinations of the flags that decide what parameters there are, and their shapes."""
+
+_FLAGS = {"add_bias_linear": "--disable-bias-linear"}
+"""Where the flag is not the destination's name; both say the opposite."""
+
+
+@contextmanager
+def around_setup(
+    datasets: list[tuple[str, str]], saved: SavedRun | None, words_of: Callable[[Exception], str]
+) -> Iterator[None]:
+    """Checks in between what upstream's ``parse_and_validate_args`` does in one call.
+
+    Behind its validation, before it opens any writer: the model's shape, its tokenizer.
+
+    Args:
+        datasets: The data that the tokenizer must fit, as (flag, path without ending).
+        saved: The checkpoint that the model must fit, or None.
+        words_of: Says in one line what upstream objects to.
+    """
+    from megatron.training import arguments, global_vars
+
+    from megatron_prores.upstream import _wrap
+
+    def set_global_variables(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        check_address(os.environ)
+        check_shapes(named["args"])
+        _try_configuration(named["args"], words_of)
+        _check_model(named["args"], saved)
+        return stock()
+
+    def build_tokenizer(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        args = named["args"]
+        name = _tokenizer_name(args)
+        try:
+            tokenizer = stock()
+        except Exception as error:  # each library raises its own kinds
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{name} cannot be made: {reason}") from error
+        check_token_ids(datasets, max(tokenizer.vocab_size, _eod(tokenizer) + 1), name)
+        _check_vocabulary(args, saved)
+        return tokenizer
+
+    stock = arguments.set_global_variables, global_vars.build_tokenizer
+    _wrap(arguments, "set_global_variables", ("args",), set_global_variables)
+    _wrap(global_vars, "build_tokenizer", ("args",), build_tokenizer)
+    try:
+        yield
+    finally:
+        arguments.set_global_variables, global_vars.build_tokenizer = stock
+
+
+def _try_configuration(args: argparse.Namespace, words_of: Callable[[Exception], str]) -> None:
+    """Lets the model's configuration check itself, on a copy: it fills in fields."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    try:
+        core_transformer_config_from_args(copy.deepcopy(args))
+    except (AssertionError, ValueError) as error:
+        raise UserError(words_of(error)) from error
+
+
+def _tokenizer_name(args: argparse.Namespace) -> str:
+    words = [f"--tokenizer-type {args.tokenizer_type}"]
+    for destination in ("tokenizer_model", "vocab_file", "vocab_size"):
+        if (value := getattr(args, destination)) is not None:
+            return f"{words[0]} {flag_of(destination)} {value}"
+    return words[0]
+
+
+def _eod(tokenizer: Any) -> int:
+    try:
+        eod = tokenizer.eod
+    except (AttributeError, NotImplementedError):
+        return -1
+    return -1 if eod is None else int(eod)
+
+
+def _check_model(args: argparse.Namespace, saved: SavedRun | None) -> None:
+    """Refuses a checkpoint of another model, which upstream ends with a list of tensors."""
+    # With another strictness, or upcycling, the user has said that the models differ.
+    if saved is None or args.moe_use_upcycling or args.dist_ckpt_strictness not in _STRICT:
+        return
+    theirs, differences = vars(saved.args), []
+    for destination in _MODEL:
+        if destination not in theirs or not hasattr(args, destination):
+            continue
+        if destination == "max_position_embeddings" and (
+            args.position_embedding_type != "learned_absolute"
+        ):
+            continue
+        if destination == "num_query_groups" and not args.group_query_attention:
+            continue
+        there, here = theirs[destination], getattr(args, destination)
+        if there != here:
+            opposite = destination in _FLAGS
+            flag = _FLAGS.get(destination, flag_of(destination))
+            differences.append(
+                f"{flag} {_shown(there, opposite)} there, {_shown(here, opposite)} here"
+            )
+    if differences:
+        raise UserError(
+            f"{saved.directory} holds another model: {'; '.join(differences)}. Give the flags that "
+            "it was trained with, or --use-checkpoint-args to take them from it"
+        )
+
+
+_STRICT = ("assume_ok_unexpected", "log_unexpected", "raise_unexpected", "raise_all")
+
+
+def _check_vocabulary(args: argparse.Namespace, saved: SavedRun | None) -> None:
+    there = getattr(saved.args, "padded_vocab_size", None) if saved is not None else None
+    if saved is not None and there is not None and there != args.padded_vocab_size:
+        raise UserError(
+            f"{saved.directory} holds a model with a vocabulary of {there} ids, with padding; "
+            f"{_tokenizer_name(args)} makes {args.padded_vocab_size}: give the tokenizer, "
+            "--make-vocab-size-divisible-by and tensor-parallel size that give the same"
+        )
+
+
+def _shown(value: Any, opposite: bool) -> str:
+    if isinstance(value, bool):
+        return "on" if value != opposite else "off"
+    return "not given" if value is None else str(value)
+
+
+def check_directories(args: Any) -> None:
+    """Refuses directories of output that cannot be made, and W&B without what it needs.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the path.
+    """
+    for destination in ("tensorboard_dir", "wandb_save_dir", "data_cache_path"):
+        path = getattr(args, destination)
+        if path and "://" not in path:
+            _check_writable(flag_of(destination), path)
+    if args.wandb_project:
+        if not args.wandb_exp_name:
+            raise UserError("--wandb-project needs --wandb-exp-name: a name for this run")
+        if not (args.wandb_save_dir or args.save):
+            raise UserError("--wandb-project needs --wandb-save-dir, or --save")
+
+
+def _check_writable(flag: str, path: str) -> None:
+    nearest = os.path.abspath(path)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        raise UserError(f"{flag} {path}: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {nearest} cannot be written to")
+
+
+def check_checkpoint_is_there(args: Any) -> None:
+    """Refuses a run that needs a checkpoint and has none: upstream ends it with exit code 0.
+
+    Without ``--exit-on-missing-checkpoint`` and ``--finetune``, a ``--load`` that is empty yet is
+    how the first of a chain of runs starts.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the directory.
+    """
+    from megatron_prores.checkpoint_files.reader import TRACKER
+
+    for flag, path in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
+        if path and os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"{flag} {path}: not a directory")
+    given = [path for path in (args.load, args.pretrained_checkpoint) if path]
+    there = any("://" in path or os.path.isfile(os.path.join(path, TRACKER)) for path in given)
+    if there or args.ckpt_step:
+        return
+    for flag, wanted in (
+        ("--exit-on-missing-checkpoint", args.exit_on_missing_checkpoint),
+        ("--finetune", args.finetune),
+        ("--pretrained-checkpoint", bool(args.pretrained_checkpoint)),
+    ):
+        if wanted:
+            where = f"--load {args.load}" if args.load else f"--pretrained-checkpoint {given[-1:]}"
+            if not given:
+                where = "--load is not given"
+            raise UserError(f"{where}: no checkpoint is there, and {flag} needs one")

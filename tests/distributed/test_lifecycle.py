@@ -1,0 +1,166 @@
+"""Two runs on one directory, signals, and bad numbers, in the real program on two ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_prores.errors import EXIT_INTERRUPTED
+from megatron_prores.save_lock import LOCK_NAME
+from tests.distributed import faults
+from tests.distributed.launch import MAIN_PROGRAM, REPOSITORY, run_job, start_job
+
+MODEL = """
+    --device cpu --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 2
+    --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4
+    --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --lr 2e-3 --lr-decay-style constant --log-interval 1 --eval-interval 100000 --eval-iters 0
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --prores-schedule linear --prores-warmup-iters 24 --pipeline-model-parallel-size 2
+""".split()
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
+ENDLESS = ["--train-iters", "100000"]
+
+
+def at(path: Path, interval: int = 100000) -> list[str]:
+    return ["--save", str(path), "--load", str(path), "--save-interval", str(interval)]
+
+
+def tracked(path: Path) -> int:
+    return int((path / "latest_checkpointed_iteration.txt").read_text())
+
+
+def wait_for(log: Path, text: str, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not log.exists() or text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-3000:] if log.exists() else "no log"
+        time.sleep(0.05)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [(signal.SIGTERM, ["--num-workers", "1"]), (signal.SIGUSR1, ["--num-workers", "0", *ASYNC])],
+)
+def test_a_signal_to_one_rank_saves_at_the_next_step_and_the_run_goes_on(
+    number: signal.Signals, more: list[str], tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    processes = start_job(tmp_path / "job", [*MODEL, *more, *ENDLESS, *at(save)], ranks=2)
+    log = tmp_path / "job" / "rank0.log"
+    wait_for(log, "(after 2 iterations)")
+    before = len(re.findall(r"^ \[.*iteration +\d+/", log.read_text(), flags=re.MULTILINE))
+    # A launcher signals the whole group of a rank, its data loaders and writers as well; here the
+    # rank and its children, as ranks of these tests share a group.
+    children = Path(f"/proc/{processes[1].pid}/task/{processes[1].pid}/children").read_text()
+    for pid in (processes[1].pid, *map(int, children.split())):
+        os.kill(pid, number)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [EXIT_INTERRUPTED] * 2
+    saved = tracked(save)
+    assert saved >= before
+    words = log.read_text()
+    assert f"interrupted by {number.name}: iteration {saved} is saved in {save}" in words
+    assert not (save / LOCK_NAME).exists()
+
+    argv = [*MODEL, *more, "--train-iters", str(saved + 2), *at(save)]
+    again = run_job(tmp_path / "again", argv, ranks=2)
+    assert again.succeeded, again.output[-3000:]
+    assert sorted(again.scalars("lm loss")) == [saved + 1, saved + 2]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "code"),
+    [("megatron_prores.launch", EXIT_INTERRUPTED), ("torch.distributed.run", 1)],
+)
+def test_launchers_hand_a_signal_on(launcher: str, code: int, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    more = ["--num-workers", "1", *ENDLESS, *at(save)]
+    command = [sys.executable, "-W", "ignore", "-m", launcher, "--standalone"]
+    command += ["--nproc-per-node", "2", str(MAIN_PROGRAM), *MODEL, *more]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        job = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        wait_for(log, "(after 2 iterations)")
+        # torchrun itself knows nothing of SIGUSR1, and would die of it.
+        number = signal.SIGUSR1 if launcher.startswith("megatron") else signal.SIGTERM
+        job.send_signal(number)
+        assert job.wait(25) == code, log.read_text()[-3000:]
+    finally:
+        job.terminate()
+        job.wait(60)
+    assert f"interrupted by {number.name}: iteration {tracked(save)} is saved" in log.read_text()
+
+
+def test_a_second_run_on_the_same_directory_stops_on_all_ranks(tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    flags = [*MODEL, "--num-workers", "0", *at(save)]
+    first = start_job(tmp_path / "first", [*flags, *ENDLESS], ranks=2)
+    try:
+        wait_for(tmp_path / "first" / "rank0.log", "(after 2 iterations)")
+        second = run_job(tmp_path / "second", [*flags, "--train-iters", "4"], ranks=2)
+        assert second.exit_codes == [2, 2]
+        (line,) = [each for each in second.output.splitlines() if each.startswith("error: ")]
+        for part in (str(save), f"pid {first[0].pid}", os.uname()[1], LOCK_NAME):
+            assert part in line
+        assert "Traceback" not in second.output
+        assert first[0].is_alive()
+    finally:
+        for process in first:
+            process.kill()
+            process.join()
+    # Killed, it has left its lock.
+    assert (save / LOCK_NAME).exists()
+    third = run_job(tmp_path / "third", [*flags, "--train-iters", "2"], ranks=2)
+    assert third.succeeded, third.output[-3000:]
+    assert f"took over the lock of host {os.uname()[1]}, pid {first[0].pid}" in third.output
+
+
+@pytest.mark.parametrize("mode", ["validate_results", "disabled", "first iteration"])
+def test_nan_in_the_loss_stops_the_run_and_the_last_checkpoint_is_intact(
+    mode: str, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    flags = [*MODEL, "--num-workers", "0", *at(save, 2)]
+    bad = 5
+    if mode == "first iteration":
+        assert run_job(tmp_path / "good", [*flags, "--train-iters", "4"], ranks=2).succeeded
+    else:
+        bad = 5
+        flags += ["--rerun-mode", mode]
+    intact: dict[str, str] = {}
+    if mode == "first iteration":
+        intact = contents(save / "iter_0000004")
+    job = run_job(
+        tmp_path / "bad", [*flags, "--train-iters", "9"], ranks=2, prepare=faults.nan_in_iteration_5
+    )
+    assert not job.succeeded
+    assert None not in job.exit_codes
+    said = f"error: iteration {bad}, rank 1 (host {os.uname()[1]}): NaN in the loss of this rank"
+    assert len([each for each in job.output.splitlines() if each.startswith(said)]) == 1
+    assert job.exit_codes[1] == (16 if mode == "validate_results" else 1)
+    assert tracked(save) == 4
+    if intact:
+        assert contents(save / "iter_0000004") == intact
+    assert not (save / "iter_0000005").exists()
+
+    retry = flags[: flags.index("--rerun-mode")] if "--rerun-mode" in flags else flags
+    again = run_job(tmp_path / "again", [*retry, "--train-iters", "6"], ranks=2)
+    assert again.succeeded, again.output[-3000:]
+    assert sorted(again.scalars("lm loss")) == [5, 6]

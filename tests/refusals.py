@@ -1,0 +1,181 @@
+"""Makes the files that the rows of tests/wrong_invocations.py name, runs rows, and judges them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.distributed.launch import REPOSITORY, run_job, run_ranks
+from tests.wrong_invocations import MOCK, Row
+
+SECONDS = 30.0
+"""The bound on every row, from the start of the program to the end of its last rank."""
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Ending:
+    """How a row ended."""
+
+    exit_codes: list[int | None]
+    output: str
+    """Of all ranks."""
+    seconds: float
+
+
+def prepare_files(directory: Path) -> None:
+    """Makes data, tokenizers and schedules, whole and damaged; no checkpoint."""
+    from megatron_prores.data import tokenizer
+
+    lines = [f"{n} {n + 1} {n + 2}" for n in range(10, 60)]
+    text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (directory / "text.jsonl").write_text(text)
+    words = [f"the {n}th line of a text, with words number {n * 7919}" for n in range(400)]
+    (directory / "pieces.model").write_bytes(tokenizer.train_model(words, 340))
+    (directory / "fewer.model").write_bytes(tokenizer.train_model(words, 300))
+    (directory / "empty.model").touch()
+    (directory / "folder.csv").mkdir()
+    (directory / "alpha.csv").write_text("step,1,2\n0,0,0\n9,1,1\n")
+    (directory / "above.csv").write_text("step,1,2,3,4\n0,1.5,0,0,0\n")
+    for suffix in (".bin", ".idx"):
+        (directory / f"there_text_document{suffix}").write_bytes(b"precious")
+    _prepare_datasets(directory)
+
+
+def _prepare_datasets(directory: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 340, 50) for _ in range(20)]
+    _write(directory / "good", documents)
+    names = "cut_bin cut_idx empty_bin empty_idx text_idx no_bin no_idx far"
+    for name in names.split():
+        for suffix in (".bin", ".idx"):
+            shutil.copy(directory / f"good{suffix}", directory / f"{name}{suffix}")
+    _cut(directory / "cut_bin.bin", 30)
+    _cut(directory / "cut_idx.idx", 30)
+    (directory / "empty_bin.bin").write_bytes(b"")
+    (directory / "empty_idx.idx").write_bytes(b"")
+    (directory / "text_idx.idx").write_text("no index\n" * 9)
+    (directory / "no_bin.bin").unlink()
+    (directory / "no_idx.idx").unlink()
+    # The pointer of the second of 20 sequences, behind a header of 34 bytes and 20 lengths.
+    content = bytearray((directory / "far.idx").read_bytes())
+    content[34 + 80 + 8 : 34 + 80 + 16] = (10**9).to_bytes(8, "little")
+    (directory / "far.idx").write_bytes(content)
+    _write(directory / "no_documents", [])
+    (directory / "no_documents.bin").write_bytes(b"\0\0")
+    _write(directory / "negative", [np.array([5, -1, 7])], np.int32)
+
+
+def _write(prefix: Path, documents: list[np.ndarray], dtype: type[np.generic] = np.uint16) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(document.astype(dtype), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+def prepare_checkpoints(directory: Path, scratch: Path) -> None:
+    """Saves a checkpoint, and damages copies of it."""
+    saved = directory / "saved"
+    argv = [*shlex.split(MOCK), "--save", str(saved)]
+    job = run_job(scratch, argv)
+    assert job.succeeded, job.output[-3000:]
+    for name, tracker in {"astray": "9", "babble": "yesterday", "cut_saved": "2"}.items():
+        shutil.copytree(saved, directory / name)
+        (directory / name / "latest_checkpointed_iteration.txt").write_text(tracker)
+    _cut(directory / "cut_saved" / "iter_0000002" / ".metadata", 2000)
+
+
+def command_line(row: Row, files: Path) -> list[str]:
+    """Gives the arguments of a row."""
+    argv = shlex.split(row.argv.format(w=files))
+    for flag in row.without:
+        at = argv.index(flag)
+        del argv[at : at + 2]
+    return argv
+
+
+def clean_environment() -> dict[str, str]:
+    """Gives this process's environment without a launcher's, and without GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    return environment | {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+
+def run_alone(row: Row, files: Path, cwd: Path) -> Ending:
+    """Starts a row as a user does."""
+    environment = clean_environment() | dict(row.environment)
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-B", str(REPOSITORY / row.program), *command_line(row, files)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    return Ending([result.returncode], result.stdout + result.stderr, time.monotonic() - start)
+
+
+def run_forked(row: Row, files: Path, cwd: Path, logs: Path) -> Ending:
+    """Runs a row of the main program on all its ranks, where Megatron is imported already."""
+    start = time.monotonic()
+    args = (
+        str(REPOSITORY / row.program),
+        command_line(row, files),
+        dict(row.environment),
+        str(cwd),
+    )
+    job = run_ranks(logs, _run_row, args, row.ranks, timeout=SECONDS + 10)
+    return Ending(job.exit_codes, job.output, time.monotonic() - start)
+
+
+def _run_row(program: str, argv: list[str], environment: dict[str, str], cwd: str) -> None:
+    sys.argv = [program, *argv]
+    os.environ.update(environment)
+    os.chdir(cwd)
+    runpy.run_path(program, run_name="__main__")
+
+
+def listing(*directories: Path) -> dict[str, str]:
+    """Lists everything below the directories, files with their content."""
+    found = {}
+    for directory in directories:
+        for path in sorted(directory.rglob("*")):
+            content = path.read_bytes() if path.is_file() else b"directory"
+            found[str(path)] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def shown_difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Names what was written, changed or removed between two listings."""
+    return sorted({path for path, _ in before.items() ^ after.items()})
+
+
+def assert_refused(row: Row, ending: Ending) -> None:
+    """Judges how a row ended."""
+    shown = ending.output[-3000:]
+    assert ending.exit_codes == [2] * row.ranks, shown
+    assert "Traceback" not in ending.output, shown
+    # One node: one line, whatever the number of ranks.
+    errors = [line for line in ending.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, shown
+    assert all(word in errors[0] for word in row.words), errors[0]
+    assert ending.seconds < SECONDS

@@ -1,0 +1,215 @@
+"""What a run refuses to load, to restore or to save to, and that loading executes nothing."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import validation
+from torch.distributed.checkpoint import FileSystemReader, filesystem
+
+from megatron_prores import checkpoint
+from megatron_prores.checkpoint_files import guard, manifest, safe_load
+from megatron_prores.errors import UserError
+from tests.unit import stored
+
+SHARD = "__0_0.distcp"
+DAMAGES = {"flipped": stored.flip_bit, "truncated": stored.truncate, "missing": Path.unlink}
+
+
+@pytest.fixture(autouse=True)
+def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what makes loading safe, which other tests do without."""
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two checkpoints, of iterations 2 and 4."""
+    stored.make(tmp_path / "saved", 2)
+    stored.make(tmp_path / "saved", 4)
+    return tmp_path / "saved"
+
+
+def flags(root: Path, **more: Any) -> Namespace:
+    """A command line that loads from a directory."""
+    given = {"load": str(root), "pretrained_checkpoint": None, "save": None, "ckpt_step": None}
+    return Namespace(**{**given, **more})
+
+
+def test_run_restores_no_code_from_a_checkpoint(tmp_path: Path) -> None:
+    settings = {"--prores-schedule": "harmful:alpha"}
+    root = tmp_path / "saved"
+    stored.make(root, 2, prores_schedule="harmful:alpha", prores_settings=settings)
+    args = flags(root, use_checkpoint_args=True, num_layers=None)
+    saved = checkpoint.find_saved_run(args)
+    assert saved is not None
+    with pytest.raises(UserError, match="no code runs because a checkpoint names it"):
+        checkpoint.restore_flags(args, saved, explicit=set())
+    assert "prores_schedule" not in checkpoint.restore_flags(args, saved, {"prores_schedule"})
+
+
+def test_torchs_own_reading_is_safe_once_installed(root: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    data = stored.payload(marker, as_torch=True)
+    stored.plant(root / "iter_0000004", ".metadata", marker)
+    safe_load.install()
+    assert FileSystemReader(root / "iter_0000002").read_metadata().storage_data
+    with pytest.raises(safe_load.RefusedError, match=r"io\.open"):
+        FileSystemReader(root / "iter_0000004").read_metadata()
+    (tmp_path / "file.pt").write_bytes(data)
+    with pytest.raises(pickle.UnpicklingError, match=r"io\.open"):
+        torch.load(tmp_path / "file.pt", weights_only=False)
+    assert not marker.exists()
+
+
+def test_safe_loading_fails_clearly_when_torch_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemReader, "read_metadata", lambda self: None)
+        with pytest.raises(RuntimeError, match=r"FileSystemReader\.read_metadata has no pickle"):
+            safe_load.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **kwargs: None)
+        with pytest.raises(RuntimeError, match=r"torch\.load does not heed"):
+            safe_load.install()
+
+
+@pytest.mark.parametrize("attack", ["os.system", "builtins.eval", "torch.load", "torch.hub.load"])
+def test_index_allows_no_function(attack: str) -> None:
+    module, _, name = attack.rpartition(".")
+    data = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
+    data += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+    with pytest.raises(pickle.UnpicklingError, match=attack):
+        safe_load.load_index(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "write_preloaded_data",
+        "_load_base_checkpoint",
+        "save_checkpoint",
+        "maybe_finalize_async_save",
+    ],
+)
+def test_guard_fails_clearly_when_megatron_moves(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training
+
+    for owner, each in (
+        (FileSystemWriterAsync, "write_preloaded_data"),
+        (dist_checkpointing, "save"),
+        (checkpointing, "_load_base_checkpoint"),
+        (training, "save_checkpoint"),
+        (training, "maybe_finalize_async_save"),
+    ):
+        monkeypatch.setattr(owner, each, getattr(owner, each))
+        if each == name:
+            monkeypatch.delattr(owner, each)
+    with pytest.raises(RuntimeError, match=rf"has moved: .*\.{name} "):
+        guard.install()
+
+
+def test_manifest_is_also_megatrons(root: Path) -> None:
+    assert manifest.NAME == validation.INTEGRITY_FNAME
+    validation.verify_integrity_manifest(str(root / "iter_0000004"))
+    stored.flip_bit(root / "iter_0000004" / SHARD)
+    with pytest.raises(validation.CheckpointingException, match=SHARD):
+        validation.verify_integrity_manifest(str(root / "iter_0000004"))
+    # The other way round: one that Megatron wrote has no sizes.
+    validation.save_integrity_manifest(str(root / "iter_0000002"))
+    read = manifest.read(root / "iter_0000002")
+    assert read is not None
+    assert read[SHARD].size is None
+    assert not manifest.wrong_sizes(root / "iter_0000002", read)
+
+
+def test_shares_are_disjoint_and_complete() -> None:
+    files = {f"{n}": manifest.Entry(size=n, sha256="") for n in range(11)}
+    shares = [manifest.share(files, rank, 3) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(files)
+    loads = [sum(files[name].size or 0 for name in share) for share in shares]
+    assert max(loads) - min(loads) <= 2
+
+
+# What is flipped in the large files is seen by hashing (tests/distributed).
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (SHARD, "truncated"),
+        (SHARD, "missing"),
+        *((name, how) for name in (".metadata", "metadata.json") for how in DAMAGES),
+        ("integrity.json", "truncated"),
+    ],
+)
+def test_run_refuses_what_is_damaged_at_first_sight(name: str, how: str, root: Path) -> None:
+    DAMAGES[how](root / "iter_0000004" / name)
+    before = stored.snapshot(root)
+    with pytest.raises(UserError, match="iter_0000004 is damaged") as refusal:
+        guard.check_paths(flags(root))
+    assert "newest intact checkpoint is that of iteration 2: load it with --ckpt-step 2" in str(
+        refusal.value
+    )
+    guard.check_paths(flags(root, ckpt_step=2))
+    assert stored.snapshot(root) == before
+
+
+def test_run_refuses_a_file_that_has_grown(root: Path) -> None:
+    with (root / "iter_0000004" / SHARD).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=rf"{SHARD} has \d+ bytes instead of \d+.*--ckpt-step 2"):
+        guard.check_paths(flags(root))
+
+
+def test_run_names_the_newest_intact_one_not_the_newest_but_one(root: Path) -> None:
+    stored.make(root, 6)
+    stored.truncate(root / "iter_0000006" / SHARD)
+    stored.flip_bit(root / "iter_0000004" / SHARD)
+    with pytest.raises(UserError, match="--ckpt-step 2"):
+        guard.check_paths(flags(root))
+    stored.flip_bit(root / "iter_0000002" / SHARD)
+    with pytest.raises(UserError, match="no intact checkpoint is there"):
+        guard.check_paths(flags(root))
+
+
+@pytest.mark.parametrize("content", [None, "", "abc", "-3", "\0"])
+def test_run_refuses_a_lost_or_damaged_tracker(content: str | None, root: Path) -> None:
+    tracker = root / "latest_checkpointed_iteration.txt"
+    tracker.unlink()
+    if content is not None:
+        tracker.write_text(content)
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt.*--ckpt-step 4"):
+        guard.check_paths(flags(root))
+    guard.check_paths(flags(root, ckpt_step=4))
+
+
+def test_run_refuses_an_iteration_that_is_not_there(root: Path) -> None:
+    with pytest.raises(UserError, match="iter_0000003 is damaged: its directory is missing"):
+        guard.check_paths(flags(root, ckpt_step=3))
+
+
+def test_first_saving_that_was_interrupted_is_no_checkpoint(tmp_path: Path) -> None:
+    directory = stored.make(tmp_path / "saved", 2)
+    (directory / "integrity.json").unlink()
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").unlink()
+    guard.check_paths(flags(tmp_path / "saved"))
+    (directory / "metadata.json").unlink()
+    guard.check_paths(flags(tmp_path / "saved"))
+
+
+def test_run_refuses_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="is not a directory"):
+            guard.check_paths(flags(tmp_path, save=str(place)))
+    guard.check_paths(flags(tmp_path, save=str(tmp_path / "new" / "deeper")))
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,508 @@
+"""The table of wrong invocations: of the main program, and of every tool.
+
+To extend it, add a row. Every row ends, on all ranks and within 30 s, with exit code 2 and one line
+on standard error that starts with "error: " and holds the row's words; without a traceback, and
+with nothing written or changed. tests/refusals.py makes the files that rows name and runs them;
+tests/unit/test_command_line.py runs the rows that are ``alone``, from the start of the program as a
+user starts it, tests/distributed/test_wrong_invocations.py those that a fork server can start,
+where Megatron is imported already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MAIN = "pretrain_gpt_prores.py"
+PREPROCESS = "tools/preprocess_data.py"
+CHECKPOINT = "tools/checkpoint.py"
+
+# "{w}" is the directory with the prepared files.
+_SIZE = """
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 1 --train-iters 2 --lr 1e-3 --eval-iters 0
+    --eval-interval 1 --save-interval 1 --num-workers 0
+"""
+_NULL = "--tokenizer-type NullTokenizer --vocab-size 100"
+_PIECES = "--tokenizer-type SentencePieceTokenizer --tokenizer-model {w}/pieces.model"
+CPU = f"--device cpu {_SIZE}"
+"""A model, without data and tokenizer."""
+MOCK = f"{CPU} {_NULL} --mock-data"
+"""A run that works, of two iterations."""
+TEXT = f"{CPU} {_PIECES}"
+"""The same, where the row names the data."""
+SAVED = f"{CPU} {_NULL} --mock-data --load {{w}}/saved"
+"""The same, from a checkpoint."""
+TOKENIZE = f"--input {{w}}/text.jsonl --output-prefix out {_NULL} --workers 1"
+"""A run of preprocess_data.py that works."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One wrong invocation."""
+
+    name: str
+    """What is wrong; unique."""
+    argv: str
+    """The command line as it is typed."""
+    words: tuple[str, ...]
+    """What the one line must hold."""
+    program: str = MAIN
+    """Relative to the repository."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    without: tuple[str, ...] = ()
+    """Flags, each with one value, that are taken out of ``argv`` again."""
+    alone: bool = False
+    """Runs as a process of its own, also where the fork server could run it."""
+
+    @property
+    def starts_alone(self) -> bool:
+        # The other tools do without torch, or find the error before they import it.
+        return self.alone or self.program not in (MAIN, PREPROCESS, CHECKPOINT)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# Flags of ours. They are read before Megatron is imported.
+_PRORES = (
+    Row("unknown schedule", f"{MOCK} --prores-schedule cosine",
+        ("--prores-schedule cosine", "linear"), alone=True),
+    Row("empty schedule", f"{MOCK} --prores-schedule=", ("--prores-schedule", "no such schedule")),
+    Row("schedule file that is not there", f"{MOCK} --prores-schedule file:/nowhere/alpha.csv",
+        ("--prores-schedule file:/nowhere/alpha.csv", "No such file")),
+    Row("schedule file and a warmup",
+        f"{MOCK} --prores-schedule file:{{w}}/alpha.csv --prores-warmup-iters 9",
+        ("--prores-warmup-iters 9", "alpha.csv")),
+    Row("schedule file for other layers", f"{MOCK} --prores-schedule file:{{w}}/alpha.csv",
+        ("alpha.csv", "2 layers", "--num-layers")),
+    Row("schedule file with an alpha above 1", f"{MOCK} --prores-schedule file:{{w}}/above.csv",
+        ("above.csv", "line 2, layer 1: alpha 1.5")),
+    Row("schedule file that is a directory", f"{MOCK} --prores-schedule file:{{w}}/folder.csv",
+        ("folder.csv", "not a file")),
+    Row("schedule file of another kind", f"{MOCK} --prores-schedule file:{{w}}/text.jsonl",
+        ("text.jsonl", ".csv or .json")),
+    Row("schedule module that is not there", f"{MOCK} --prores-schedule no_such_module:alphas",
+        ("--prores-schedule no_such_module:alphas", "cannot import", "PYTHONPATH")),
+    Row("schedule function that is not there", f"{MOCK} --prores-schedule math:no_such_function",
+        ("--prores-schedule math:no_such_function", "not in it")),
+    Row("schedule function with another signature", f"{MOCK} --prores-schedule math:sqrt",
+        ("--prores-schedule math:sqrt", "at step 0, for 4 layers", "TypeError")),
+    Row("the same, where Megatron alone knows the number of layers",
+        f"{MOCK} --encoder-num-layers 4 --prores-schedule math:sqrt",
+        ("--prores-schedule math:sqrt", "at step 0, for 4 layers", "TypeError"),
+        without=("--num-layers",)),
+    Row("negative warmup", f"{MOCK} --prores-warmup-iters -1", ("--prores-warmup-iters -1",),
+        ranks=2),
+    Row("no warmup per layer", f"{MOCK} --prores-warmup-iters-per-layer 0",
+        ("--prores-warmup-iters-per-layer 0", "at least 1")),
+    Row("warmup of no samples", f"{MOCK} --prores-warmup-samples 0",
+        ("--prores-warmup-samples 0", "at least 1")),
+    Row("warmup that is no number", f"{MOCK} --prores-warmup-iters many",
+        ("--prores-warmup-iters", "many")),
+    Row("two warmup lengths",
+        f"{MOCK} --prores-warmup-iters 9 --prores-warmup-iters-per-layer 3",
+        ("--prores-warmup-iters", "--prores-warmup-iters-per-layer", "give one")),
+    Row("unknown norm placement", f"{MOCK} --norm-placement peri",
+        ("--norm-placement peri", "sandwich")),
+    Row("unknown initial weights", f"{MOCK} --branch-init zero", ("--branch-init zero", "scaled")),
+    Row("two ways to initialise",
+        f"{MOCK} --branch-init normal --init-method-xavier-uniform",
+        ("--init-method-xavier-uniform", "--branch-init normal")),
+    Row("placement that has no place for it",
+        f"{MOCK} --norm-placement post --bf16 --fp32-residual-connection",
+        ("--fp32-residual-connection", "--norm-placement post")),
+    Row("flag of ours, misspelt", f"{MOCK} --prores-shedule linear", ("--prores-shedule",)),
+    Row("flag of ours, abbreviated", f"{MOCK} --prores-warmup 9", ("--prores-warmup",)),
+    Row("flag without its value", f"{MOCK} --prores-warmup-iters",
+        ("--prores-warmup-iters", "expected one argument")),
+    Row("restart without finetuning", f"{MOCK} --prores-restart",
+        ("--prores-restart", "--finetune")),
+    Row("override that takes no value", f"{MOCK} --prores-override-checkpoint yes", ("yes",)),
+    Row("unknown depth of verification", f"{MOCK} --prores-verify-checkpoint never",
+        ("--prores-verify-checkpoint", "hashes")),
+    Row("weight decay flag with a value", f"{MOCK} --embedding-weight-decay 0.1", ("0.1",)),
+    Row("kernels that add the residual themselves",
+        f"{MOCK} --transformer-impl inference_optimized",
+        ("--transformer-impl inference_optimized", "alpha")),
+    Row("a layer spec of the user's", f"{MOCK} --spec a b", ("--spec", "--prores-schedule")),
+    Row("finetuning", f"{MOCK} --sft", ("--sft", "pretrains")),
+    Row("a YAML file for flags", f"{MOCK} --yaml-cfg {{w}}/text.jsonl", ("--yaml-cfg",)),
+)  # fmt: skip
+
+_DEVICE = (
+    Row("no GPU and no --device cpu", f"{MOCK} --device cuda", ("no CUDA GPU", "--device cpu"),
+        environment={"CUDA_VISIBLE_DEVICES": ""}, alone=True),
+    Row("unknown device", f"{MOCK} --device tpu", ("--device tpu", "cuda, cpu"), ranks=2),
+    Row("context parallelism on the CPU", f"{MOCK} --context-parallel-size 2",
+        ("--context-parallel-size", "--device cpu"), ranks=2),
+    Row("latent attention on the CPU", f"{MOCK} --multi-latent-attention",
+        ("--multi-latent-attention", "--device cpu")),
+    Row("Transformer Engine on the CPU", f"{MOCK} --transformer-impl transformer_engine",
+        ("--transformer-impl", "--device cpu")),
+    Row("NCCL on the CPU", f"{MOCK} --distributed-backend nccl", ("nccl", "--device cpu")),
+    Row("fp16 on the CPU", f"{MOCK} --fp16", ("--fp16", "--bf16")),
+    Row("FP8 on the CPU", f"{MOCK} --fp8-format hybrid", ("--fp8", "--device cpu")),
+    Row("CUDA graphs on the CPU", f"{MOCK} --cuda-graph-impl local", ("--cuda-graph-impl",)),
+    Row("all-to-all on the CPU",
+        f"{MOCK} --num-experts 2 --moe-token-dispatcher-type alltoall",
+        ("--moe-token-dispatcher-type", "--device cpu")),
+)  # fmt: skip
+
+_DATA = (
+    Row("no data at all", f"{CPU} {_NULL}", ("no data", "--data-path")),
+    Row("data that is not there", f"{TEXT} --data-path /nowhere/text_document",
+        ("--data-path /nowhere/text_document", ".bin"), alone=True),
+    Row("data with its ending", f"{TEXT} --data-path {{w}}/good.bin", ("--data-path", ".bin")),
+    Row("data without its .idx", f"{TEXT} --data-path {{w}}/no_idx", ("no_idx.idx",)),
+    Row("data without its .bin", f"{TEXT} --data-path {{w}}/no_bin", ("no_bin.bin",)),
+    Row("truncated .bin", f"{TEXT} --data-path {{w}}/cut_bin",
+        ("--data-path", "cut_bin.bin", "bytes", "cut_bin.idx"), ranks=2),
+    Row("truncated .bin, one of several",
+        f"{TEXT} --train-data-path 0.5 {{w}}/good 0.5 {{w}}/cut_bin --valid-data-path {{w}}/good",
+        ("--train-data-path", "cut_bin.bin")),
+    Row("empty .bin", f"{TEXT} --data-path {{w}}/empty_bin", ("--data-path", "empty_bin.bin")),
+    Row("truncated .idx", f"{TEXT} --data-path {{w}}/cut_idx", ("--data-path", "cut_idx.idx")),
+    Row("empty .idx", f"{TEXT} --data-path {{w}}/empty_idx", ("--data-path", "empty_idx.idx")),
+    Row(".idx that is none", f"{TEXT} --data-path {{w}}/text_idx",
+        ("--data-path", "text_idx.idx", "not an index")),
+    Row(".idx that is empty of documents", f"{TEXT} --data-path {{w}}/no_documents",
+        ("--data-path", "no_documents")),
+    Row(".idx that points past the .bin", f"{TEXT} --data-path {{w}}/far",
+        ("--data-path", "far.idx")),
+    Row("list of data that is not there", f"{TEXT} --data-args-path /nowhere/list",
+        ("--data-args-path /nowhere/list",)),
+    Row("list of data per split that is not there",
+        f"{TEXT} --per-split-data-args-path /nowhere/list",
+        ("--per-split-data-args-path /nowhere/list",)),
+    Row("list of data per split that is none",
+        f"{TEXT} --per-split-data-args-path {{w}}/text.jsonl",
+        ("--per-split-data-args-path", "JSON")),
+    Row("weights without data", f"{TEXT} --data-path 0.5 0.5", ("--data-path",)),
+    Row("weights for some of the data", f"{TEXT} --data-path 0.5 {{w}}/good {{w}}/good",
+        ("--data-path 0.5", "no file 0.5.bin")),
+    Row("weights mixed up", f"{TEXT} --data-path 0.5 {{w}}/good {{w}}/good {{w}}/good",
+        ("--data-path 0.5", "no file 0.5.bin")),
+    Row("mock data and real data", f"{MOCK} --data-path {{w}}/good", ("single data source",)),
+    Row("data twice",
+        f"{TEXT} --data-path {{w}}/good --train-data-path {{w}}/good", ("single data source",)),
+    Row("split that is none", f"{TEXT} --data-path {{w}}/good --split all", ("--split all",)),
+    Row("split of nothing", f"{TEXT} --data-path {{w}}/good --split 0,0,0", ("--split 0,0,0",)),
+    Row("cache in a file", f"{TEXT} --data-path {{w}}/good --data-cache-path {{w}}/text.jsonl",
+        ("--data-cache-path", "text.jsonl")),
+)  # fmt: skip
+
+_TOKENIZER = (
+    Row("no tokenizer", f"{CPU} --data-path {{w}}/good", ("--tokenizer-type is missing",)),
+    Row("unknown tokenizer", f"{CPU} --mock-data --tokenizer-type Mine", ("--tokenizer-type",)),
+    Row("null tokenizer without its size", f"{CPU} --mock-data --tokenizer-type NullTokenizer",
+        ("NullTokenizer", "--vocab-size")),
+    Row("null tokenizer of negative size", f"{MOCK} --vocab-size -5", ("--vocab-size",)),
+    Row("tokenizer without its model",
+        f"{CPU} --data-path {{w}}/good --tokenizer-type SentencePieceTokenizer",
+        ("SentencePieceTokenizer", "--tokenizer-model")),
+    Row("tokenizer model that is not there",
+        f"{TEXT} --data-path {{w}}/good --tokenizer-model /nowhere/pieces.model",
+        ("--tokenizer-model /nowhere/pieces.model",)),
+    Row("tokenizer model that is none",
+        f"{TEXT} --data-path {{w}}/good --tokenizer-model {{w}}/text.jsonl",
+        ("--tokenizer-model", "text.jsonl"), ranks=2),
+    Row("empty tokenizer model",
+        f"{TEXT} --data-path {{w}}/good --tokenizer-model {{w}}/empty.model",
+        ("--tokenizer-model", "empty.model")),
+    Row("tokenizer model that is a directory",
+        f"{TEXT} --data-path {{w}}/good --tokenizer-model {{w}}",
+        ("--tokenizer-model",)),
+    Row("tokenizer smaller than the data's",
+        f"{TEXT} --data-path {{w}}/good --tokenizer-model {{w}}/fewer.model",
+        ("--data-path", "token id", "--tokenizer-model"), ranks=2),
+    Row("null tokenizer smaller than the data's",
+        f"{CPU} {_NULL} --train-data-path {{w}}/good --valid-data-path {{w}}/good",
+        ("--train-data-path", "token id", "--vocab-size")),
+    Row("negative token ids", f"{TEXT} --data-path {{w}}/negative",
+        ("--data-path", "token id -1")),
+)  # fmt: skip
+
+_ENVIRONMENT = (
+    Row("rank without world size", MOCK, ("WORLD_SIZE", "RANK"), environment={"RANK": "1"},
+        alone=True),
+    Row("world size that is no number", MOCK, ("WORLD_SIZE", "two"),
+        environment={"WORLD_SIZE": "two"}, alone=True),
+    Row("world size of nothing", MOCK, ("RANK=0", "WORLD_SIZE=0"),
+        environment={"WORLD_SIZE": "0"}),
+    Row("rank that is no number", MOCK, ("RANK", "first"), environment={"RANK": "first"}),
+    Row("rank beyond the world", MOCK, ("RANK", "7"), environment={"RANK": "7"}),
+    Row("local rank that is no number", MOCK, ("LOCAL_RANK", "x"),
+        environment={"LOCAL_RANK": "x"}, alone=True),
+    Row("world size without an address", MOCK, ("MASTER_ADDR", "torchrun"),
+        environment={"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}),
+    Row("port that is no number", MOCK, ("MASTER_PORT", "http"),
+        environment={"MASTER_PORT": "http"}),
+)  # fmt: skip
+
+_LAYOUT = (
+    Row("more tensor ranks than ranks", f"{MOCK} --tensor-model-parallel-size 2",
+        ("Megatron refuses", "world size"), alone=True),
+    Row("world that does not fit the layout",
+        f"{MOCK} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        ("world size (2)", "total_model_size"), ranks=2),
+    Row("tensor ranks of no number", f"{MOCK} --tensor-model-parallel-size 0",
+        ("--tensor-model-parallel-size 0",)),
+    Row("pipeline ranks of no number", f"{MOCK} --pipeline-model-parallel-size -1",
+        ("--pipeline-model-parallel-size -1",)),
+    Row("layers that do not divide", f"{MOCK} --num-layers 3 --pipeline-model-parallel-size 2",
+        ("Number of layers", "pipeline-model-parallel"), ranks=2),
+    Row("virtual stages that do not divide",
+        f"{MOCK} --num-layers-per-virtual-pipeline-stage 3 --pipeline-model-parallel-size 2",
+        ("virtual pipeline stage",), ranks=2),
+    Row("virtual stages per rank that do not divide",
+        f"{MOCK} --num-virtual-stages-per-pipeline-rank 3 --pipeline-model-parallel-size 2",
+        ("virtual",), ranks=2),
+    Row("virtual stages without a pipeline", f"{MOCK} --num-layers-per-virtual-pipeline-stage 2",
+        ("pipeline-model-parallel size",)),
+    Row("layout with layers missing",
+        f"{MOCK} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL",
+        ("layer",), ranks=2),
+    Row("uneven stages that do not add up",
+        f"{MOCK} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3 "
+        "--decoder-last-pipeline-num-layers 2",
+        ("-1 middle layers",), ranks=2),
+    Row("heads that do not divide",
+        f"{MOCK} --num-attention-heads 1 --tensor-model-parallel-size 2",
+        ("num_attention_heads",), ranks=2),
+    Row("feed-forward that does not divide",
+        f"{MOCK} --ffn-hidden-size 127 --tensor-model-parallel-size 2",
+        ("--ffn-hidden-size 127",), ranks=2),
+    Row("query groups that do not divide",
+        f"{MOCK} --group-query-attention --num-query-groups 3",
+        ("--num-query-groups 3", "--num-attention-heads 4")),
+    Row("sequence that does not divide",
+        f"{MOCK} --seq-length 31 --tensor-model-parallel-size 2 --sequence-parallel",
+        ("--seq-length 31", "--sequence-parallel"), ranks=2),
+    Row("experts that do not divide",
+        f"{MOCK} --num-experts 3 --expert-model-parallel-size 2 "
+        "--moe-token-dispatcher-type allgather",
+        ("expert",), ranks=2),
+    Row("expert ranks without experts", f"{MOCK} --expert-model-parallel-size 2",
+        ("expert",), ranks=2),
+    Row("more experts per token than experts",
+        f"{MOCK} --num-experts 2 --moe-router-topk 3 --moe-token-dispatcher-type allgather",
+        ("--moe-router-topk 3",)),
+    Row("sequence parallelism without ProRes on the CPU",
+        f"{MOCK} --sequence-parallel --tensor-model-parallel-size 2 --prores-schedule none",
+        ("--sequence-parallel", "--prores-schedule none"), ranks=2),
+)  # fmt: skip
+
+_MODEL = (
+    Row("no layers", f"{MOCK} --num-layers 0", ("--num-layers 0",)),
+    Row("negative layers", f"{MOCK} --num-layers -4", ("--num-layers -4",)),
+    Row("layers not given", MOCK, ("num-layers",), without=("--num-layers",)),
+    Row("hidden size not given", MOCK, ("hidden_size",), without=("--hidden-size",)),
+    Row("hidden size of nothing", f"{MOCK} --hidden-size 0", ("--hidden-size 0",)),
+    Row("hidden size that does not divide", f"{MOCK} --hidden-size 66", ("hidden_size",)),
+    Row("sequence length not given", MOCK, ("seq_length",), without=("--seq-length",)),
+    Row("sequence of nothing", f"{MOCK} --seq-length 0", ("--seq-length 0",)),
+    Row("sequence longer than positions", f"{MOCK} --seq-length 64", ("max_position_embeddings",)),
+    Row("unknown normalization", f"{MOCK} --normalization BatchNorm",
+        ("--normalization", "BatchNorm")),
+    Row("unknown positions", f"{MOCK} --position-embedding-type sinus",
+        ("--position-embedding-type",)),
+    Row("two activations", f"{MOCK} --swiglu --squared-relu", ("swiglu",)),
+    Row("dropout above 1", f"{MOCK} --hidden-dropout 1.5", ("--hidden-dropout 1.5",)),
+    Row("negative dropout", f"{MOCK} --attention-dropout -0.1", ("--attention-dropout -0.1",)),
+    Row("number that is none", f"{MOCK} --hidden-size big", ("--hidden-size", "big")),
+    Row("recomputation without a method", f"{MOCK} --recompute-granularity full",
+        ("recompute_method",)),
+    Row("recomputation of nothing known",
+        f"{MOCK} --recompute-granularity selective --recompute-modules everything",
+        ("everything",)),
+)  # fmt: skip
+
+_TRAINING = (
+    Row("iterations not given", MOCK, ("--train-iters", "--train-samples"),
+        without=("--train-iters",)),
+    Row("no iterations", f"{MOCK} --train-iters 0", ("--train-iters 0",)),
+    Row("negative iterations", f"{MOCK} --train-iters -2", ("--train-iters -2",)),
+    Row("iterations and samples", f"{MOCK} --train-samples 8", ("iteration-based",)),
+    Row("learning rate not given", MOCK, ("--lr",), without=("--lr",)),
+    Row("learning rate below the least", f"{MOCK} --min-lr 1",
+        ("Megatron refuses", "min_lr <= lr")),
+    Row("negative learning rate", f"{MOCK} --lr=-1e-3", ("--lr -0.001", "negative")),
+    Row("warmup longer than the decay",
+        f"{MOCK} --lr-warmup-iters 5", ("--lr-warmup-iters 5",)),
+    Row("two learning rate warmups", f"{MOCK} --lr-warmup-iters 1 --lr-warmup-fraction 0.1",
+        ("lr-warmup-fraction",)),
+    Row("WSD without its decay", f"{MOCK} --lr-decay-style WSD",
+        ("--lr-decay-style WSD", "--lr-wsd-decay-iters")),
+    Row("unknown decay", f"{MOCK} --lr-decay-style stairs", ("--lr-decay-style",)),
+    Row("micro batch not given", MOCK, ("micro_batch_size",), without=("--micro-batch-size",)),
+    Row("micro batch of nothing", f"{MOCK} --micro-batch-size 0", ("--micro-batch-size 0",)),
+    Row("batch that does not divide",
+        f"{MOCK} --micro-batch-size 2 --global-batch-size 6 --eval-global-batch-size 8",
+        ("global batch size (6)", "micro batch size (2)"), ranks=2),
+    Row("batch that does not divide, in evaluation too",
+        f"{MOCK} --micro-batch-size 2 --global-batch-size 3", ("batch_size (3)",)),
+    Row("both half precisions", f"{MOCK} --bf16 --fp16", ("fp16",)),
+    Row("fp32 residuals without half precision", f"{MOCK} --fp32-residual-connection",
+        ("residual connection",)),
+    Row("evaluation interval not given", MOCK, ("--eval-interval is missing",),
+        without=("--eval-interval",)),
+    Row("evaluation interval of nothing", f"{MOCK} --eval-interval 0", ("--eval-interval 0",)),
+    Row("log interval of nothing", f"{MOCK} --log-interval 0", ("--log-interval 0",)),
+    Row("unknown optimizer", f"{MOCK} --optimizer lion", ("--optimizer",)),
+    Row("parameters gathered late, not sharded", f"{MOCK} --overlap-param-gather",
+        ("overlap-param-gather",)),
+    Row("a flag that is no more, which upstream ends with exit code 0",
+        f"{MOCK} --checkpoint-activations", ("--checkpoint-activations",)),
+    Row("autoresume without its library", f"{MOCK} --adlr-autoresume", ("--adlr-autoresume",)),
+    Row("a word too many", f"{MOCK} surplus", ("surplus",)),
+)  # fmt: skip
+
+_CHECKPOINT = (
+    Row("save interval not given", f"{MOCK} --save saved", ("--save-interval",),
+        without=("--save-interval",)),
+    Row("save interval of nothing", f"{MOCK} --save saved --save-interval 0", ("--save-interval",)),
+    Row("save into a file", f"{MOCK} --save {{w}}/text.jsonl", ("--save", "text.jsonl")),
+    Row("save below a file", f"{MOCK} --save {{w}}/text.jsonl/saved", ("--save", "text.jsonl"),
+        ranks=2),
+    Row("save where nothing can be written", f"{MOCK} --save /proc/saved", ("--save /proc/saved",)),
+    Row("TensorBoard into a file", f"{MOCK} --tensorboard-dir {{w}}/text.jsonl",
+        ("--tensorboard-dir", "text.jsonl"), ranks=2),
+    Row("W&B without a name for the run", f"{MOCK} --save saved --wandb-project p",
+        ("--wandb-exp-name",), ranks=2),
+    Row("W&B without a directory", f"{MOCK} --wandb-project p --wandb-exp-name e",
+        ("--wandb-save-dir", "--save")),
+    Row("no checkpoint, and one is wanted",
+        f"{MOCK} --load {{w}}/folder.csv --exit-on-missing-checkpoint",
+        ("--load", "--exit-on-missing-checkpoint"), ranks=2),
+    Row("no directory of checkpoints, and one is wanted",
+        f"{MOCK} --load /nowhere/saved --exit-on-missing-checkpoint",
+        ("--load /nowhere/saved", "--exit-on-missing-checkpoint")),
+    Row("no checkpoint to finetune", f"{MOCK} --load /nowhere/saved --finetune --prores-restart",
+        ("--load /nowhere/saved", "--finetune")),
+    Row("load a file", f"{MOCK} --load {{w}}/text.jsonl", ("--load", "text.jsonl")),
+    Row("iteration that was not saved", f"{SAVED} --ckpt-step 7", ("saved", "iter_0000007")),
+    Row("tracker of another iteration", f"{MOCK} --load {{w}}/astray", ("--load", "astray")),
+    Row("tracker that is none", f"{MOCK} --load {{w}}/babble", ("--load", "babble")),
+    Row("checkpoint with its common part cut", f"{MOCK} --load {{w}}/cut_saved",
+        ("--load", "cut_saved"), ranks=2),
+    Row("checkpoint of other layers", f"{SAVED} --num-layers 2 --prores-warmup-iters 4000",
+        ("--num-layers 4 there, 2 here",), ranks=2),
+    Row("checkpoint of other layers, overridden",
+        f"{SAVED} --num-layers 2 --prores-override-checkpoint", ("--num-layers", "4", "2")),
+    Row("checkpoint of another hidden size", f"{SAVED} --hidden-size 32",
+        ("saved", "--hidden-size 64 there, 32 here"), ranks=2),
+    Row("checkpoint of other heads", f"{SAVED} --num-attention-heads 2",
+        ("--num-attention-heads 4 there, 2 here",)),
+    Row("checkpoint of another feed-forward", f"{SAVED} --ffn-hidden-size 128",
+        ("--ffn-hidden-size 256 there, 128 here",)),
+    Row("checkpoint of another vocabulary", f"{SAVED} --vocab-size 500",
+        ("saved", "vocabulary")),
+    Row("checkpoint with tied embeddings", f"{SAVED} --untie-embeddings-and-output-weights",
+        ("--untie-embeddings-and-output-weights",)),
+    Row("checkpoint without gates", f"{SAVED} --swiglu --ffn-hidden-size 256", ("--swiglu",)),
+    Row("checkpoint of another norm", f"{SAVED} --normalization RMSNorm", ("--normalization",)),
+    Row("checkpoint with other positions", f"{SAVED} --position-embedding-type rope",
+        ("--position-embedding-type",)),
+    Row("checkpoint of more positions", f"{SAVED} --max-position-embeddings 64",
+        ("--max-position-embeddings 32 there, 64 here",)),
+    Row("checkpoint with biases", f"{SAVED} --disable-bias-linear", ("--disable-bias-linear",)),
+    Row("checkpoint without experts",
+        f"{SAVED} --num-experts 2 --moe-token-dispatcher-type allgather", ("--num-experts",)),
+    Row("checkpoint of another warmup", f"{SAVED} --prores-warmup-iters 9",
+        ("--prores-warmup-iters", "there, 9 here"), ranks=2),
+    Row("checkpoint of another placement", f"{SAVED} --norm-placement sandwich",
+        ("--norm-placement pre there, sandwich here",)),
+    Row("finetuning without a word on the warmup", f"{SAVED} --finetune",
+        ("--finetune", "--prores-restart")),
+)  # fmt: skip
+
+_BEFORE_MEGATRON = (
+    "no input",
+    "unknown flag",
+    "input not there",
+    "no workers",
+    "tokenizer unknown",
+)
+_PREPROCESS = tuple(
+    Row(f"preprocess: {name}", argv, words, PREPROCESS, alone=name in _BEFORE_MEGATRON)
+    for name, argv, words in (
+        ("no input", f"--output-prefix out {_NULL}", ("--input",)),
+        ("unknown flag", f"{TOKENIZE} --shuffle", ("--shuffle",)),
+        ("input not there", f"{TOKENIZE} --input no.jsonl", ("--input no.jsonl: no such file",)),
+        ("input a directory", f"{TOKENIZE} --input {{w}}", ("--input", "is a folder")),
+        ("input empty", f"{TOKENIZE} --input {{w}}/empty.model", ("no document", "'text'")),
+        ("input not JSON", f"{TOKENIZE} --input {{w}}/alpha.csv", ("alpha.csv:1: not JSON",)),
+        ("input binary", f"{TOKENIZE} --input {{w}}/good.bin", ("good.bin:1: ",)),
+        ("key not there", f"{TOKENIZE} --json-keys body", ("no key 'body'", "'text'")),
+        ("key with a slash", f"{TOKENIZE} --json-keys a/b", ("--json-keys a/b",)),
+        ("no workers", f"{TOKENIZE} --workers 0", ("--workers 0",)),
+        ("vocabulary too small", f"{TOKENIZE} --vocab-size 3", ("token id", "--vocab-size")),
+        ("tokenizer unknown", f"{TOKENIZE} --tokenizer-type Mine", ("--tokenizer-type", "Mine")),
+        ("tokenizer model garbage",
+         f"{TOKENIZE} --tokenizer-type SentencePieceTokenizer --tokenizer-model {{w}}/alpha.csv",
+         ("SentencePieceTokenizer", "alpha.csv")),
+        ("output there already", f"{TOKENIZE} --output-prefix {{w}}/there",
+         ("there_text_document.bin already exists", "--overwrite")),
+        ("output below a file", f"{TOKENIZE} --output-prefix {{w}}/text.jsonl/out",
+         ("cannot write in", "text.jsonl")),
+    )
+)  # fmt: skip
+
+_TRAIN_TOKENIZER = tuple(
+    Row(f"train tokenizer: {name}", argv, words, "tools/train_tokenizer.py")
+    for name, argv, words in (
+        ("no output", "--input {w}/text.jsonl --vocab-size 300", ("--output",)),
+        ("input not there", "--input no.jsonl --vocab-size 300 --output t.model",
+         ("--input no.jsonl: no such file",)),
+        ("input not JSON", "--input {w}/alpha.csv --vocab-size 300 --output t.model",
+         ("alpha.csv:1: not JSON",)),
+        ("vocabulary of nothing", "--input {w}/text.jsonl --vocab-size 0 --output t.model",
+         ("--vocab-size 0",)),
+        ("vocabulary too small", "--input {w}/text.jsonl --vocab-size 9 --output t.model",
+         ("--vocab-size 9 is too small",)),
+        ("vocabulary too large", "--input {w}/text.jsonl --vocab-size 90000 --output t.model",
+         ("--vocab-size 90000 is too large",)),
+        ("output there already",
+         "--input {w}/text.jsonl --vocab-size 300 --output {w}/pieces.model",
+         ("pieces.model already exists", "--overwrite")),
+    )
+)  # fmt: skip
+
+_OTHER_TOOLS = (
+    Row("build corpus: no output", "", ("--output-dir",), "tools/build_corpus.py"),
+    Row("build corpus: fraction above 1", "--output-dir corpus --validation-fraction 2",
+        ("--validation-fraction 2",), "tools/build_corpus.py"),
+    Row("build corpus: most below least", "--output-dir corpus --min-megabytes 9 --max-megabytes 1",
+        ("--max-megabytes 1", "--min-megabytes 9"), "tools/build_corpus.py"),
+    Row("build corpus: output below a file",
+        "--output-dir {w}/text.jsonl/corpus --min-megabytes 0.1 --max-megabytes 0.2",
+        ("cannot write", "text.jsonl"), "tools/build_corpus.py"),
+    Row("plot run: no logs there", "--tensorboard-dir no --output run.png",
+        ("--tensorboard-dir no", "no such folder"), "tools/plot_run.py"),
+    Row("plot run: no logs in it", "--tensorboard-dir {w}/folder.csv --output run.png",
+        ("no TensorBoard event files",), "tools/plot_run.py"),
+    Row("plot run: output no picture", "--tensorboard-dir {w} --output run.gif",
+        ("--output run.gif", ".png"), "tools/plot_run.py"),
+    Row("checkpoint: no command", "", ("command",), CHECKPOINT),
+    Row("checkpoint: unknown command", "repair {w}", ("repair", "verify"), CHECKPOINT),
+    Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT,
+        alone=True),
+    Row("checkpoint: none in it", "verify {w}/folder.csv", ("folder.csv",), CHECKPOINT),
+    Row("checkpoint: a file", "list {w}/text.jsonl", ("text.jsonl",), CHECKPOINT),
+    Row("checkpoint: one to compare", "diff {w}", ("B",), CHECKPOINT),
+    Row("benchmark: unknown size", "--device cpu --size huge", ("--size huge", "laptop"),
+        "tools/benchmark.py"),
+    Row("benchmark: no repetitions", "--device cpu --repetitions 0", ("--repetitions 0",),
+        "tools/benchmark.py"),
+    Row("benchmark: unknown placement", "--device cpu --placements pre,peri",
+        ("--placements peri", "sandwich"), "tools/benchmark.py"),
+    Row("benchmark: output nowhere", "--device cpu --output /nowhere/figures.json",
+        ("--output /nowhere/figures.json",), "tools/benchmark.py"),
+)  # fmt: skip
+
+ROWS = (
+    *_PRORES, *_DEVICE, *_DATA, *_TOKENIZER, *_ENVIRONMENT, *_LAYOUT, *_MODEL, *_TRAINING,
+    *_CHECKPOINT, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS,
+)  # fmt: skip
