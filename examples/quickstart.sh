@@ -136,15 +136,38 @@ fi
 say "5/6 training: $PRORES_ITERS iterations on $ranks pipeline rank(s), ${device[1]}"
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) >= 4 ? $(nproc) / 2 : 1))}
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+# In the background, so that a signal to this script is handed on at once: the run saves and ends.
+exec {progress}> >(trap '' INT TERM USR1; tee -a "$run/train.log" | show_progress)
+progress_pid=$!
+"$PYTHON" -m megatron_prores.launch --standalone --nproc-per-node "$ranks" \
   "$repo/pretrain_gpt_prores.py" "${device[@]}" --pipeline-model-parallel-size "$ranks" \
   "${model[@]}" "${training[@]}" "${tokenizer[@]}" \
   --train-data-path "$data/train_text_document" --valid-data-path "$data/valid_text_document" \
   --prores-schedule "$PRORES_SCHEDULE" --prores-warmup-iters "$PRORES_WARMUP_ITERS" \
-  "${logging[@]}" 2>&1 | tee -a "$run/train.log" | show_progress || {
-  tail -n 40 "$run/train.log" >&2
-  fail "training failed; the whole log is $run/train.log"
-}
+  "${logging[@]}" >&"$progress" 2>&1 {progress}>&- &
+training_pid=$!
+exec {progress}>&-
+trap 'signalled=yes; kill -TERM "$training_pid" 2>/dev/null || true' INT TERM USR1
+signalled=yes
+while [[ $signalled == yes ]]; do # a signal ends the waiting, not the run
+  signalled=no
+  code=0
+  wait "$training_pid" || code=$?
+done
+wait "$progress_pid" || true
+trap - INT TERM USR1
+case $code in
+  0) ;;
+  75)
+    say "interrupted, and saved"
+    echo "the same command goes on at iteration $(cat "$run/checkpoints/latest_checkpointed_iteration.txt") of $PRORES_ITERS"
+    exit 75
+    ;;
+  *)
+    tail -n 40 "$run/train.log" >&2
+    fail "training failed; the whole log is $run/train.log"
+    ;;
+esac
 
 say "6/6 picture"
 "$PYTHON" "$repo/tools/plot_run.py" --tensorboard-dir "$run/tensorboard" \

@@ -46,20 +46,19 @@ class _Signalled:
         raise_in_agent = api._terminate_process_handler
         close = api.SubprocessContext._close
 
-        def handler(number: int, frame: FrameType | None) -> None:
+        def handler(signum: int, frame: FrameType | None) -> None:
             if self.number is None:
-                self.number = number
-                raise_in_agent(number, frame)
+                self.number = signum
+                raise_in_agent(signum, frame)
 
-        def patient_close(
-            context: api.SubprocessContext, death_sig: signal.Signals, timeout: int = 30
-        ) -> None:
+        def patient_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
             handlers = list((context.subprocess_handlers or {}).values())
             close(context, death_sig, timeout if self.number is None else UNHURRIED)
             self.codes = [each.proc.returncode or 0 for each in handlers]
 
         api._terminate_process_handler = handler
-        api.SubprocessContext._close = patient_close  # type: ignore[method-assign]
+        context_class: Any = api.SubprocessContext
+        context_class._close = patient_close
 
 
 def _as_exit_code(code: int) -> int:

@@ -241,14 +241,14 @@ def report_bad_numbers() -> None:
         unchecked = machine.mode == RerunMode.DISABLED or not machine.first_iteration_complete
         if fatal and unchecked and machine.mode != RerunMode.REPORT_DETERMINISM_STATS:
             if bool(named["rejection_func"](named["result"])):
-                _tell(machine.current_iteration + 1, named, "the run stops")
+                _tell(machine.current_iteration, named, "the run stops")
                 # The other ranks wait for this one, and are ended with it.
                 sys.exit(1)
             return None
         result = stock()
         if fatal and machine.rerun_requested and not known:
             _tell(
-                machine.current_iteration + 1,
+                machine.current_iteration,
                 named,
                 "Megatron repeats the step to tell bad numbers from bad hardware, then stops",
             )
@@ -259,6 +259,7 @@ def report_bad_numbers() -> None:
 
 
 def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
+    # The iteration as the log counts it; Megatron's own lines about it say one more.
     rank = torch.distributed.get_rank()
     print(
         f"error: iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "

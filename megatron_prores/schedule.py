@@ -46,8 +46,10 @@ def _linear(p: _Progress) -> Alphas:
 
 def _climb(p: _Progress, floor: Alphas | float) -> Alphas:
     """Layer l waits at ``floor`` and climbs from it to 1 during steps T(l-1)..Tl."""
-    # Written from the top down, so that the end of the climb is exactly 1.
-    return np.maximum(1.0 - (1.0 - floor) * (1.0 - p.ramp(p.layer - 1.0, 1.0)), floor)
+    done = p.ramp(p.layer - 1.0, 1.0)
+    # Written from the top down, so that the end of the climb is exactly 1; before it, floor itself.
+    climb = np.maximum(1.0 - (1.0 - floor) * (1.0 - done), floor)
+    return np.where(done > 0.0, climb, floor)
 
 
 def _constant(p: _Progress, value: Alphas | float) -> Alphas:

@@ -142,7 +142,9 @@ class Sweep:
                 kill = self.random.choice(["while saving", "any time"])
             losses, log = self._start(save, kill)
             self._compare(losses)
-            resumed_from = re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", log)
+            resumed_from = re.findall(
+                r"successfully loaded checkpoint from .* at iteration (\d+)", log
+            )
             if expected and resumed_from and int(resumed_from[0]) != expected:
                 self.outcome.resumes_from_elsewhere += 1
             if losses and losses[0][0] != expected + 1:

@@ -140,7 +140,11 @@ def load_object(data: bytes) -> Any:
     """
     try:
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-        allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [*_DTYPES]
+        # Without those of Megatron, which safe_globals() would forget when it is left.
+        known = torch.serialization.get_safe_globals()
+        allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+            each for each in _DTYPES if each not in known
+        ]
         for name in needed:
             if name.startswith("megatron."):
                 allowed.append((type(name.rpartition(".")[2], (_StandIn,), {}), name))

@@ -21,6 +21,13 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
+def _copy_to_write(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    return [
+        (name, key, (data, [(item, tensor.detach().clone()) for item, tensor in tensors]))
+        for name, key, (data, tensors) in write_buckets
+    ]
+
+
 def _expected_on_cpu(record: logging.LogRecord) -> bool:
     """Drops one warning: that the CPU generator moves is what the CPU device is."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
@@ -32,12 +39,17 @@ def install() -> None:
     Must run after ``torch_device.install`` and before ``megatron.training`` is imported.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.tensor_parallel import random
 
     # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     logging.getLogger(random.__name__).addFilter(_expected_on_cpu)
+
+    # Copied while the training process waits: what that hands over to the writer is its memory,
+    # which the next steps change. On a GPU the way to the CPU is the copy.
+    FileSystemWriterAsync.preload_tensors = staticmethod(_copy_to_write)
 
     # A checkpoint writer that is not forked would look for a CUDA device.
     start_writer = PersistentAsyncCaller._get_process

@@ -8,6 +8,7 @@ tensor, and it hands a device to torch.distributed. Each is answered with the CP
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import torch
 import torch._dynamo
 import torch.cuda.nvtx
 import torch.distributed
+import torch.utils.data
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -223,6 +225,22 @@ def _distributed_on_gloo() -> dict[str, Any]:
     return {"init_process_group": init_on_gloo, "barrier": barrier_on_gloo}
 
 
+def _draws_nothing(stock: Callable[..., None]) -> Callable[..., None]:
+    """Wraps the start of a data loader, which draws a seed for its workers.
+
+    On a GPU that comes from another generator than dropout's, and here it would move dropout's: by
+    once more in a run that was resumed, so that this was another run.
+    """
+
+    @functools.wraps(stock)
+    def start(*args: Any, **kwargs: Any) -> None:
+        state = torch.get_rng_state()
+        stock(*args, **kwargs)
+        torch.set_rng_state(state)
+
+    return start
+
+
 def _replace(owner: Any, replacements: dict[str, Any]) -> None:
     for name, value in replacements.items():
         setattr(owner, name, value)
@@ -255,6 +273,8 @@ def install() -> None:
         },
     )
     _replace(torch.nn.Module, {"cuda": _self})
+    loader = torch.utils.data.dataloader._BaseDataLoaderIter
+    _replace(loader, {"__init__": _draws_nothing(loader.__init__)})
     # Pinned-memory loaders ask this, not torch.cuda.
     _replace(torch.accelerator, {"is_available": _constant(False)})
     _replace(torch, {"compile": _uncompiled})

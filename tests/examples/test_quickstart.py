@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_prores.plot import read_scalars
-from tests.examples.clone import make_clone, run
+from tests.examples.clone import environment, make_clone, run
 
 SHORT = {
     "PRORES_CORPUS_MB": "2",
@@ -107,3 +109,39 @@ def test_wrong_settings_are_named_at_once(
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path)
+    settings = {**SHORT, "PRORES_ITERS": "600"}
+    log = clone / "output"
+    with log.open("w") as file:
+        script = subprocess.Popen(
+            QUICKSTART, cwd=clone, env=environment(**settings), stdout=file, stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 120
+        # Its progress shows every 20th iteration.
+        while "iteration       20/" not in log.read_text():
+            assert script.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+    finally:
+        script.terminate()
+    assert script.wait(60) == 75
+    (saved,) = re.findall(r"the same command goes on at iteration (\d+) of 600", log.read_text())
+    assert 20 <= int(saved) < 600
+    with log.open("w") as file:
+        again = subprocess.Popen(
+            QUICKSTART, cwd=clone, env=environment(**settings), stdout=file, stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while f"iteration {(int(saved) // 20 + 1) * 20:8}/" not in log.read_text():
+            assert again.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+    finally:
+        again.terminate()
+        again.wait(60)
+    assert f"resuming at iteration {saved} of 600" in log.read_text()
