@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,15 +119,20 @@ class SaveLock:
         Raises:
             UserError: Another run holds it, or the directory cannot be written.
         """
-        try:
+        with self._readable_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             message = self._take()
+        threading.Thread(target=self._beat, name="save-lock", daemon=True).start()
+        return message
+
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"--save {self.path.parent}: cannot be written ({error.strerror})"
             ) from None
-        threading.Thread(target=self._beat, name="save-lock", daemon=True).start()
-        return message
 
     def _take(self) -> str | None:
         mine = self.path.with_name(f"{LOCK_NAME}.{self.me.token}")
@@ -205,16 +210,17 @@ class SaveLock:
         Raises:
             UserError: Another run has it: this one was silent for too long, or a user removed it.
         """
-        found = self._read()
-        if found is None:
-            self._take()
-        elif found[0] is None or found[0].token != self.me.token:
-            raise UserError(
-                f"--save {self.path.parent}: this run has lost its lock, another writes there "
-                f"({found[0] or 'the lock cannot be read'}); nothing was saved over its checkpoints"
-            )
-        else:
-            os.utime(self.path)
+        with self._readable_errors():
+            found = self._read()
+            if found is None:
+                self._take()
+            elif found[0] is None or found[0].token != self.me.token:
+                raise UserError(
+                    f"--save {self.path.parent}: this run has lost its lock, another writes there "
+                    f"({found[0] or 'unreadable'}); nothing was saved over its checkpoints"
+                )
+            else:
+                os.utime(self.path)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

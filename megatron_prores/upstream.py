@@ -113,9 +113,11 @@ def let_torch_adam_resume() -> None:
 
     That is so wherever neither Apex nor Transformer Engine is installed. Unlike theirs, torch's
     Adam keeps its step count beside the moments of each parameter, and upstream's loading trips
-    over it three times: it asks an optimizer that has not stepped yet for its count; it looks for
-    the count among the tensors of the checkpoint, where it is not; and it hands one and the same
-    count to all parameters, whose every step would then add their number to it.
+    over it four times: it asks an optimizer that has not stepped yet for its count; it looks for
+    the count among the tensors of the checkpoint, where it is not; it hands one and the same count
+    to all parameters, whose every step would then add their number to it; and in the format that
+    cannot be loaded by other layouts (the default) it overwrites the count with that of the
+    optimizer that has not stepped, so that the next updates are far too large.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -142,8 +144,11 @@ def let_torch_adam_resume() -> None:
 
     def load_state_dict(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         result = stock()
-        for state in named["self"].optimizer.state.values():
-            state["step"] = state["step"].clone()
+        adam = named["self"].optimizer
+        # The checkpoint's count is that of the parameter groups.
+        counts = {group["step"] for group in adam.param_groups if group.get("step") is not None}
+        for state in adam.state.values():
+            state["step"] = torch.tensor(float(max(counts))) if counts else state["step"].clone()
         return result
 
     _wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict)

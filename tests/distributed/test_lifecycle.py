@@ -156,6 +156,8 @@ def test_nan_in_the_loss_stops_the_run_and_the_last_checkpoint_is_intact(
     assert len([each for each in job.output.splitlines() if each.startswith(said)]) == 1
     assert job.exit_codes[1] == (16 if mode == "validate_results" else 1)
     assert tracked(save) == 4
+    if mode == "validate_results":
+        assert "the checkpoint of iteration 4 is there: kept" in job.output
     if intact:
         assert contents(save / "iter_0000004") == intact
     assert not (save / "iter_0000005").exists()

@@ -101,6 +101,15 @@ def test_a_lost_lock_is_noticed_before_anything_is_written(tmp_path: Path) -> No
     assert lock.path.exists(), "the lock of another run is not ours to remove"
 
 
+def test_a_directory_that_has_vanished_is_named_at_the_next_save(tmp_path: Path) -> None:
+    lock = SaveLock(tmp_path / "save")
+    lock.acquire()
+    lock.path.unlink()
+    lock.path.parent.rmdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        lock.check()
+
+
 def test_only_one_of_many_gets_a_stale_lock(tmp_path: Path) -> None:
     leave_lock(tmp_path, holder(pid=dead_pid()))
     program = (
