@@ -140,8 +140,9 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
     Raises:
         UserError: Names every setting that differs, both values, and the flag that overrides.
     """
+    # Without a checkpoint under --load, --pretrained-checkpoint is finetuned.
     starts_at_zero = args.finetune or (
-        saved is not None and args.load is not None and not _is_under(saved.directory, args.load)
+        saved is not None and not (args.load and _is_under(saved.directory, args.load))
     )
     if starts_at_zero and prores.enabled and not args.prores_restart:
         flag = "--finetune" if args.finetune else "--pretrained-checkpoint"
@@ -153,7 +154,11 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
         )
     if args.prores_restart and not starts_at_zero:
         raise UserError("--prores-restart is for --finetune: this run goes on where it stopped")
-    if saved is None or args.prores_override_checkpoint or args.num_layers is None:
+    if saved is None:
+        return
+    if not starts_at_zero:
+        _check_learning_rate(args, saved)
+    if args.prores_override_checkpoint or args.num_layers is None:
         return
     ours = prores.settings(args.num_layers)
     compared = ("--norm-placement",) if starts_at_zero else tuple(ours)
@@ -168,6 +173,22 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
             "Give the same, or --prores-override-checkpoint to go on with those of this command "
             "line"
         )
+
+
+def _check_learning_rate(args: Any, saved: SavedRun) -> None:
+    """Refuses another length or height of the learning rate's schedule, which upstream asserts."""
+    keeps_own = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if keeps_own or args.no_load_optim or args.skip_train:
+        return
+    for name in ("train_iters", "train_samples", "lr", "min_lr"):
+        there, here = getattr(saved.args, name, None), getattr(args, name)
+        if there is not None and here is not None and there != here:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{saved.directory} was trained with {flag} {there}, this run has {here}: give the "
+                "same, --override-opt-param-scheduler to follow the schedule of this command line, "
+                "or --use-checkpoint-opt-param-scheduler to follow the saved one"
+            )
 
 
 def _is_under(path: str, directory: str) -> bool:

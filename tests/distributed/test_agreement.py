@@ -134,6 +134,30 @@ def test_finetuning_does_not_switch_a_trained_model_off(
     assert set(restart.alphas_by_step()[0].values()) == {0.0}
 
 
+def test_training_on_for_longer_needs_a_word_on_the_learning_rate(
+    text: Text, checkpoint: Path, tmp_path: Path
+) -> None:
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint)]
+    argv += ["--train-iters", str(LAST + 2)]
+    line = last_error(run_job(tmp_path / "refused", argv))
+    assert f"--train-iters {LAST}, this run has {LAST + 2}" in line
+    assert "--override-opt-param-scheduler" in line
+    longer = run_job(tmp_path / "longer", [*argv, "--override-opt-param-scheduler"])
+    assert longer.succeeded, longer.output[-3000:]
+    assert max(longer.scalars("lm loss")) == LAST + 2
+
+
+def test_a_pretrained_checkpoint_is_finetuned_as_well(
+    text: Text, checkpoint: Path, tmp_path: Path
+) -> None:
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, "--train-iters", "1"]
+    argv += ["--pretrained-checkpoint", str(checkpoint)]
+    for load in ([], ["--load", str(tmp_path / "nothing yet")]):
+        line = last_error(run_job(tmp_path / "job", [*argv, *load]))
+        assert "--pretrained-checkpoint" in line
+        assert "--prores-restart" in line
+
+
 def test_restart_without_finetune_is_refused(text: Text, checkpoint: Path, tmp_path: Path) -> None:
     argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint), "--prores-restart"]
     assert "--prores-restart is for --finetune" in last_error(run_job(tmp_path, argv))
