@@ -11,14 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prores.checkpoint_files import manifest
 from megatron_prores.config import ProResConfig
 
 COMMON = "common_state/shard_0_1"
+
+
+def unguard_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back, after a test, what makes loading safe, which other tests do without."""
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+
+
+def make_two(root: Path) -> Path:
+    """Makes two checkpoints, of iterations 2 and 4."""
+    for iteration in (2, 4):
+        make(root, iteration)
+    return root
 
 
 def make(

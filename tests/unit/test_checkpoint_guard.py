@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing import validation
-from torch.distributed.checkpoint import FileSystemReader, filesystem
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_prores import checkpoint
 from megatron_prores.checkpoint_files import guard, manifest, safe_load
@@ -24,17 +24,13 @@ DAMAGES = {"flipped": stored.flip_bit, "truncated": stored.truncate, "missing": 
 
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes back what makes loading safe, which other tests do without."""
-    monkeypatch.setattr(filesystem, "pickle", pickle)
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    stored.unguard_loading(monkeypatch)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two checkpoints, of iterations 2 and 4."""
-    stored.make(tmp_path / "saved", 2)
-    stored.make(tmp_path / "saved", 4)
-    return tmp_path / "saved"
+    return stored.make_two(tmp_path / "saved")
 
 
 def flags(root: Path, **more: Any) -> Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import filesystem
 
 from megatron_prores.checkpoint_files import tool
 from megatron_prores.errors import UserError
@@ -22,17 +20,13 @@ NONFINITE = {"decoder.weight": torch.tensor([1.0, float("nan"), float("inf")])}
 
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes back what makes loading safe, which other tests do without."""
-    monkeypatch.setattr(filesystem, "pickle", pickle)
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    stored.unguard_loading(monkeypatch)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two checkpoints, of iterations 2 and 4."""
-    stored.make(tmp_path / "saved", 2)
-    stored.make(tmp_path / "saved", 4)
-    return tmp_path / "saved"
+    return stored.make_two(tmp_path / "saved")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
