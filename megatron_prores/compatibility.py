@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from megatron_prores.arguments import prores_config
 from megatron_prores.config import OFF
 from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
+from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 from megatron_prores.limits import check_numbers, check_split, check_training
 from megatron_prores.placement import PLACEMENTS
@@ -27,7 +27,7 @@ _NEVER: tuple[Rule, ...] = (
     ),
     (
         "--adlr-autoresume",
-        lambda a: a.adlr_autoresume and not _installed("userlib"),
+        lambda a: a.adlr_autoresume and not is_installed("userlib"),
         "its library, userlib, is not installed",
     ),
     ("--sft", lambda a: a.sft, "this program pretrains; finetuning is not part of it"),
@@ -139,7 +139,7 @@ def check_flags(args: Any) -> None:
         from megatron_prores.cpu.flags import NOT_ON_CPU
 
         _refuse(args, NOT_ON_CPU, "cannot be used with --device cpu")
-    elif args.transformer_impl == "transformer_engine" and not _installed("transformer_engine"):
+    elif args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
         raise UserError(
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
             "is not installed: install megatron-prores[te], or use --transformer-impl local"
@@ -152,7 +152,7 @@ def _check_async_save(args: Any) -> None:
     if not args.use_persistent_ckpt_worker:
         # Upstream saves synchronously, and says so in one line among many.
         raise UserError("--async-save needs --use-persistent-ckpt-worker: give both")
-    if args.async_strategy == "nvrx" and not _installed("nvidia_resiliency_ext"):
+    if args.async_strategy == "nvrx" and not is_installed("nvidia_resiliency_ext"):
         raise UserError(
             "--async-strategy nvrx (the default of --async-save) needs nvidia-resiliency-ext, "
             "which is not installed: install it, or use --async-strategy mcore"
@@ -185,10 +185,6 @@ def _refuse(args: Any, rules: tuple[Rule, ...], verdict: str) -> None:
     for flag, is_given, reason in rules:
         if is_given(args):
             raise UserError(f"{flag} {verdict}: {reason}")
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def check_files(args: Any) -> None:

@@ -1,7 +1,8 @@
-"""The environment that a launcher, torchrun, gives to each rank."""
+"""What surrounds a run: the launcher's variables (torchrun's), and the optional packages."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 from megatron_prores.errors import UserError
@@ -48,3 +49,8 @@ def check_address(environment: Mapping[str, str]) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise UserError(f"the environment has no {name}: {_LAUNCHER}")
+
+
+def is_installed(module: str) -> bool:
+    """Tells whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None

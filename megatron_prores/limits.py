@@ -6,11 +6,11 @@ data, its scheduler or its log; some with exit code 0. Here they are refused bef
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from typing import Any
 
+from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 
 _AT_LEAST_ONE = (
@@ -97,7 +97,7 @@ def check_training(args: Any) -> None:
         raise UserError("--train-iters is missing (or --train-samples): say how long to train")
     if args.lr is None:
         raise UserError("--lr is missing: give the learning rate")
-    if args.optimizer not in ("adam", "sgd") and not _installed("emerging_optimizers"):
+    if args.optimizer not in ("adam", "sgd") and not is_installed("emerging_optimizers"):
         raise UserError(
             f"--optimizer {args.optimizer}: there are adam and sgd; the others need the library "
             "emerging-optimizers, which is not installed"
@@ -192,7 +192,3 @@ def _check_virtual_stages(args: Any) -> None:
 
 def _refuse_division(flag: str, value: int, by: str, divisor: int) -> None:
     raise UserError(f"{flag} {value} does not divide by {by} {divisor}")
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_prores.arguments import DEVICES
+from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 
@@ -76,7 +76,7 @@ class Options:
             flags += [f"--{field.name.replace('_', '-')}", str(getattr(self.size, field.name))]
         if self.device == "cuda":
             flags.append("--bf16")
-            if importlib.util.find_spec("transformer_engine") is None:
+            if not is_installed("transformer_engine"):
                 flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
                 flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
         return [*flags, *self.megatron_flags]

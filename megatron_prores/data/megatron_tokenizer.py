@@ -7,12 +7,12 @@ its tokenizer with Megatron's builder and from the same flags.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import warnings
 from typing import Any
 
+from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -69,7 +69,7 @@ def check_tokenizer_arguments(args: argparse.Namespace) -> None:
         raise UserError("--tokenizer-type NullTokenizer needs a positive --vocab-size")
     if kind in (*_MODEL_FILE_TYPES, "HuggingFaceTokenizer") and not args.tokenizer_model:
         raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    if kind in _TRANSFORMERS_TYPES and importlib.util.find_spec("transformers") is None:
+    if kind in _TRANSFORMERS_TYPES and not is_installed("transformers"):
         raise UserError(
             f"--tokenizer-type {kind} needs the library transformers, which is not installed"
         )
