@@ -14,9 +14,9 @@ import time
 PROGRAM_START = time.time()
 
 from megatron_prores import device  # noqa: E402
-from megatron_prores.arguments import parse_args, read_prores_flags  # noqa: E402
 from megatron_prores.environment import check_environment  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
+from megatron_prores.flags.arguments import parse_args, read_prores_flags  # noqa: E402
 
 
 def main() -> None:
@@ -30,11 +30,13 @@ def main() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_prores import lifecycle, upstream
+    from megatron_prores import upstream
     from megatron_prores.checkpoint_files import guard
     from megatron_prores.data import index_cache
+    from megatron_prores.flags.advice import advice
     from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
     from megatron_prores.monitor import close_tensorboard
+    from megatron_prores.run import lifecycle
     from megatron_prores.training import model_config
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
@@ -44,6 +46,9 @@ def main() -> None:
     guard.install()
     index_cache.install()
     args, prores = parse_args(device_name)
+    if args.rank == 0:
+        for line in advice(args, prores):
+            print(f"warning: {line}")
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     with lifecycle.installed(args):
         pretrain(

@@ -32,6 +32,17 @@ RESTORED_FLAGS = (
 )
 """Destinations of the flags that ``--use-checkpoint-args`` restores."""
 
+_ORDERING_FLAGS = ("transformer_impl",)
+"""What decides in which order a model holds its parameters."""
+
+_LAYOUT_FLAGS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+)
+"""What decides which of them a rank holds."""
+
 _PLAIN_MEGATRON: dict[str, str | int] = {"--prores-schedule": OFF, "--norm-placement": "pre"}
 """The settings of a checkpoint that has none: Megatron's own layer, without warmup."""
 
@@ -158,6 +169,7 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
         return
     if not starts_at_zero:
         _check_learning_rate(args, saved)
+        _check_optimizer_layout(args, saved)
     if args.prores_override_checkpoint or args.num_layers is None:
         return
     ours = prores.settings(args.num_layers)
@@ -188,6 +200,35 @@ def _check_learning_rate(args: Any, saved: SavedRun) -> None:
                 f"{saved.directory} was trained with {flag} {there}, this run has {here}: give the "
                 "same, --override-opt-param-scheduler to follow the schedule of this command line, "
                 "or --use-checkpoint-opt-param-scheduler to follow the saved one"
+            )
+
+
+def _check_optimizer_layout(args: Any, saved: SavedRun) -> None:
+    """Refuses a distributed optimizer that was saved in the order of another model's parameters.
+
+    By default Megatron saves the optimizer as it lies in memory. Upstream refuses another tensor or
+    pipeline parallelism, with a traceback; but Transformer Engine's modules hold their parameters
+    in another order than the local ones, and what upstream then loads are the moments of other
+    weights, without a word.
+    """
+    if (
+        not getattr(saved.args, "use_distributed_optimizer", False)
+        or getattr(saved.args, "dist_ckpt_optim_fully_reshardable", False)
+        or args.no_load_optim
+        or args.skip_train
+    ):
+        return
+    # The layout is then the checkpoint's, and not known here yet.
+    compared = _ORDERING_FLAGS if args.use_checkpoint_args else (*_ORDERING_FLAGS, *_LAYOUT_FLAGS)
+    for name in compared:
+        there, here = getattr(saved.args, name, None), getattr(args, name, None)
+        # Validation fills in what the command line leaves out: only what is given is compared.
+        if there is not None and here is not None and there != here:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{saved.directory} holds the optimizer as {flag} {there} lays it out, and this "
+                f"run has {here}: give the same; or --no-load-optim to start the optimizer anew; "
+                "or save with --dist-ckpt-optim-fully-reshardable there, which any layout can load"
             )
 
 

@@ -15,8 +15,9 @@ def prepare(device: str) -> None:
         UserError: There is no GPU and the user did not ask for the CPU.
     """
     if device == "cpu":
-        from megatron_prores.cpu import torch_device
+        from megatron_prores.cpu import gpu_packages, torch_device
 
+        gpu_packages.hide()
         torch_device.install()
         from megatron_prores.cpu import megatron_device
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from megatron_prores.errors import UserError
 
@@ -51,6 +52,30 @@ def check_address(environment: Mapping[str, str]) -> None:
             raise UserError(f"the environment has no {name}: {_LAUNCHER}")
 
 
+_taken_as_installed: list[str] | None = None
+
+
 def is_installed(module: str) -> bool:
     """Tells whether a module can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    if importlib.util.find_spec(module) is not None:
+        return True
+    if _taken_as_installed is None:
+        return False
+    if module not in _taken_as_installed:
+        _taken_as_installed.append(module)
+    return True
+
+
+@contextmanager
+def every_package() -> Iterator[list[str]]:
+    """Answers for another machine than this one: there, every optional package is installed.
+
+    Yields:
+        The packages that were asked for and are not here, as they come.
+    """
+    global _taken_as_installed
+    before, _taken_as_installed = _taken_as_installed, []
+    try:
+        yield _taken_as_installed
+    finally:
+        _taken_as_installed = before

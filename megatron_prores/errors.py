@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 _PATIENCE = 5.0
@@ -51,6 +51,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises what argparse found as a :class:`UserError`."""
         raise UserError(f"{message} (--help explains the flags)")
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a tool's own words from the flags of another program, which stand behind ``--``.
+
+    Args:
+        argv: Without the program's name.
+
+    Returns:
+        What stands before the first ``--``, and what stands behind it.
+    """
+    at = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
 
 
 def print_error(message: str, told_by_all_nodes: bool = True) -> None:

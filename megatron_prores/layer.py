@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
 from megatron.core.jit import jit_fuser
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -183,6 +184,23 @@ class ProResLayerMixin:
         if self.stream_gain != 1.0:
             x = self.stream_gain * x
         return norm(add(branch_with_bias, x, prob))
+
+    def _get_submodules_under_cudagraphs(self) -> list[Any]:
+        """Counts the norms behind a branch among what a graph of a part of the layer covers.
+
+        Upstream calls the pre-forward hooks of these modules by hand before a replay: with
+        ``--overlap-param-gather`` they wait for the weights that the graph is about to read.
+        """
+        modules = super()._get_submodules_under_cudagraphs()  # type: ignore[misc]
+        parts = self.config.cuda_graph_modules  # type: ignore[attr-defined]
+        if not parts:
+            return modules  # the layer as a whole
+        mlp = CudaGraphModule.moe if self.is_moe_layer else CudaGraphModule.mlp  # type: ignore[attr-defined]
+        if CudaGraphModule.attn in parts:
+            modules.append(self.post_self_attn_layernorm)
+        if mlp in parts:
+            modules.append(self.post_mlp_layernorm)
+        return modules
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Lets alpha follow the layer to another device, but not to another dtype."""

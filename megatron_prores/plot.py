@@ -225,13 +225,13 @@ def _smooth(values: npt.NDArray[np.float64], span: int) -> npt.NDArray[np.float6
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _save(figure: Figure, output: Path) -> None:
+def _save(figure: Figure, output: Path, flag: str = "--output") -> None:
     staged = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(staged, format="png", dpi=160)
         os.replace(staged, output)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot write: {error.strerror}") from error
+        raise UserError(f"{flag} {output}: cannot write: {error.strerror}") from error
     finally:
         staged.unlink(missing_ok=True)

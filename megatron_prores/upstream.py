@@ -140,7 +140,9 @@ def let_torch_adam_resume() -> None:
     def set_states(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         # Not a tensor: upstream passes over it, and the count of the parameter groups stays.
         named["tensors"].setdefault("step", None)
-        return stock()
+        # In fp32 the model's own parameters are copied into; only one of upstream's formats minds.
+        with torch.no_grad():
+            return stock()
 
     def load_state_dict(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         result = stock()

@@ -106,74 +106,9 @@ answer() {
 
 # ---- Questions about the project and an environment --------------------------------------------
 
-# project PYTHON COMMAND: asks about pyproject.toml and constraints.txt, in a Python >= 3.12 because
-# the answer may depend on the Python.
-#   requirements  what pip is to install, one a line
-#   missing       those of them that this Python lacks, with the reason
-#   pins          the versions that this Python has, then those of constraints.txt for the rest
-#   stamp         what the stamp file of a whole environment says
+# project PYTHON COMMAND: asks about pyproject.toml and constraints.txt, see requirements.py.
 project() {
-  "$1" -P - "$2" "$repo" "$mode" <<'PY'
-import hashlib
-import sys
-import tomllib
-from importlib import metadata
-from pathlib import Path
-
-command, repo, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
-requirements = [
-    *project.get("dependencies", []),
-    *project.get("optional-dependencies", {}).get("dev", []),
-]
-constraints = (repo / "constraints.txt").read_text()
-
-
-def packaging(module):
-    from importlib import import_module
-
-    try:
-        return import_module(f"packaging.{module}")
-    except ImportError:
-        return import_module(f"pip._vendor.packaging.{module}")
-
-
-def lack(requirement):
-    """Why this Python does not satisfy the requirement; None when it does."""
-    if requirement.marker is not None and not requirement.marker.evaluate():
-        return None
-    try:
-        text = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-    version = packaging("version").Version(text)
-    # A container's own build of torch calls itself an alpha of the release that it holds, such as
-    # 2.11.0a0+1a2b3c4, which by the letter is older than 2.11.
-    own_build = version.is_prerelease and version.local
-    fits = requirement.specifier.contains(version, prereleases=True) or (
-        own_build and requirement.specifier.contains(version.base_version)
-    )
-    return None if fits else f"is {text}"
-
-
-if command == "requirements":
-    print("\n".join(requirements))
-elif command == "missing":
-    for text in requirements:
-        reason = lack(packaging("requirements").Requirement(text))
-        if reason:
-            print(f"{text} ({reason})" if mode == "own" else text)
-elif command == "pins":
-    canonical = packaging("utils").canonicalize_name
-    have = {canonical(d.metadata["Name"]): d.version for d in metadata.distributions()}
-    print("\n".join(f"{name}=={version}" for name, version in sorted(have.items())))
-    for line in constraints.splitlines():
-        if line and not line.startswith("#") and canonical(line.split("==")[0]) not in have:
-            print(line)
-elif command == "stamp":
-    digest = hashlib.sha256("\n".join([*requirements, constraints]).encode()).hexdigest()
-    print(f"{sys.version_info.major}.{sys.version_info.minor} {mode} {digest}")
-PY
+  "$1" -P "$repo/scripts/requirements.py" "$2" "$mode"
 }
 
 # The virtual environment is whole and made for these requirements.

@@ -121,9 +121,13 @@ def clean_environment() -> dict[str, str]:
 def run_alone(row: Row, files: Path, cwd: Path) -> Ending:
     """Starts a row as a user does."""
     environment = clean_environment() | dict(row.environment)
+    program = [str(REPOSITORY / row.program)]
+    if row.program.startswith("-m "):
+        program = row.program.split()
+        environment["PYTHONPATH"] = str(REPOSITORY)
     start = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-B", str(REPOSITORY / row.program), *command_line(row, files)],
+        [sys.executable, "-B", *program, *command_line(row, files)],
         capture_output=True,
         text=True,
         env=environment,

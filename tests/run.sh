@@ -65,7 +65,7 @@ check_shell_scripts() {
   for place in scripts tests examples tools .ci/run; do
     [[ ! -e $place ]] || places+=("$place")
   done
-  mapfile -t scripts < <(find "${places[@]}" \( -name '*.sh' -o -path .ci/run \) | sort)
+  mapfile -t scripts < <(find "${places[@]}" \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) | sort)
   step shellcheck "$shellcheck" "${scripts[@]}"
 }
 
@@ -75,6 +75,12 @@ if [[ $selection != gpu ]]; then
   step "ruff format" "$PYTHON" -m ruff format --check .
   step mypy "$PYTHON" -m mypy
   check_shell_scripts
+fi
+
+if [[ $selection == gpu ]] &&
+  ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: --gpu: no GPU was found on this machine, every test would be skipped" >&2
+  exit 2
 fi
 
 tests=() # none: those that pyproject.toml names, or the paths among the arguments

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 MAIN = "pretrain_gpt_prores.py"
 PREPROCESS = "tools/preprocess_data.py"
 CHECKPOINT = "tools/checkpoint.py"
+DOCTOR = "-m megatron_prores.doctor"
+FP8_STUDY = "tools/fp8_study.py"
 
 # "{w}" is the directory with the prepared files.
 _SIZE = """
@@ -48,7 +50,7 @@ class Row:
     words: tuple[str, ...]
     """What the one line must hold."""
     program: str = MAIN
-    """Relative to the repository."""
+    """Relative to the repository; or a module, after -m."""
     environment: Mapping[str, str] = field(default_factory=dict)
     ranks: int = 1
     without: tuple[str, ...] = ()
@@ -485,6 +487,36 @@ _OTHER_TOOLS = (
         ("no TensorBoard event files",), "tools/plot_run.py"),
     Row("plot run: output no picture", "--tensorboard-dir {w} --output run.gif",
         ("--output run.gif", ".png"), "tools/plot_run.py"),
+    Row("fp8 study: no output", "--device cpu", ("--output-dir",), FP8_STUDY),
+    Row("fp8 study: unknown device", "--device tpu --output-dir out", ("--device tpu", "cuda"),
+        FP8_STUDY),
+    Row("fp8 study: unknown recipe", "--device cpu --output-dir out --recipes bf16,fp4",
+        ("--recipes fp4", "tensorwise"), FP8_STUDY),
+    Row("fp8 study: nothing to compare with",
+        "--device cpu --output-dir out --recipes delayed,mxfp8",
+        ("--recipes delayed,mxfp8", "bf16 is missing"), FP8_STUDY),
+    Row("fp8 study: unknown placement", "--device cpu --output-dir out --placements peri",
+        ("--placements peri", "sandwich"), FP8_STUDY),
+    Row("fp8 study: unknown schedule", "--device cpu --output-dir out --schedules cosine",
+        ("--schedules cosine", "linear"), FP8_STUDY),
+    Row("fp8 study: schedule file that is not there",
+        "--device cpu --output-dir out --schedules file:/nowhere/alpha.csv",
+        ("file:/nowhere/alpha.csv", "No such file"), FP8_STUDY),
+    Row("fp8 study: no steps", "--device cpu --output-dir out --steps 0", ("--steps 0",),
+        FP8_STUDY),
+    Row("fp8 study: odd width", "--device cpu --output-dir out --hidden-size 100",
+        ("--hidden-size 100", "multiple of 64"), FP8_STUDY),
+    Row("fp8 study: seed in words", "--device cpu --output-dir out --seeds one", ("--seeds one",),
+        FP8_STUDY),
+    Row("fp8 study: step in words", "--device cpu --output-dir out --recorded-steps 1,x",
+        ("--recorded-steps 1,x",), FP8_STUDY),
+    Row("fp8 study: name with a folder", "--device cpu --output-dir out --name a/b",
+        ("--name a/b",), FP8_STUDY),
+    Row("fp8 study: output is a file", "--device cpu --output-dir {w}/text.jsonl",
+        ("--output-dir", "text.jsonl", "not a folder"), FP8_STUDY),
+    Row("fp8 study: output below a file", "--device cpu --output-dir {w}/text.jsonl/study",
+        ("--output-dir", "text.jsonl/study"), FP8_STUDY),
+    Row("fp8 study: no GPU", "--output-dir out", ("--device cuda", "--device cpu"), FP8_STUDY),
     Row("checkpoint: no command", "", ("command",), CHECKPOINT),
     Row("checkpoint: unknown command", "repair {w}", ("repair", "verify"), CHECKPOINT),
     Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT,
@@ -492,6 +524,11 @@ _OTHER_TOOLS = (
     Row("checkpoint: none in it", "verify {w}/folder.csv", ("folder.csv",), CHECKPOINT),
     Row("checkpoint: a file", "list {w}/text.jsonl", ("text.jsonl",), CHECKPOINT),
     Row("checkpoint: one to compare", "diff {w}", ("B",), CHECKPOINT),
+    Row("doctor: unknown need", "--need gpu,speed", ("--need speed", "network"), DOCTOR),
+    Row("doctor: no need", "--need ,", ("--need", "empty", "cpu"), DOCTOR),
+    Row("doctor: unknown flag", "--fix", ("--fix",), DOCTOR),
+    Row("doctor: checkpoints into a file", "--save {w}/text.jsonl", ("--save", "text.jsonl"),
+        DOCTOR),
     Row("benchmark: unknown size", "--device cpu --size huge", ("--size huge", "laptop"),
         "tools/benchmark.py"),
     Row("benchmark: no repetitions", "--device cpu --repetitions 0", ("--repetitions 0",),
@@ -500,9 +537,67 @@ _OTHER_TOOLS = (
         ("--placements peri", "sandwich"), "tools/benchmark.py"),
     Row("benchmark: output nowhere", "--device cpu --output /nowhere/figures.json",
         ("--output /nowhere/figures.json",), "tools/benchmark.py"),
+    Row("benchmark: unknown suite", "--suite speed", ("--suite speed", "placements"),
+        "tools/benchmark.py"),
+    Row("benchmark: no GPU", "--device cuda --quick", ("no CUDA GPU", "--device cpu"),
+        "tools/benchmark.py", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    Row("benchmark: size that was not published", "--sizes 130M,13B", ("--sizes 13B", "1.3B"),
+        "tools/benchmark.py"),
+    Row("benchmark: no sizes", "--sizes=", ("--sizes", "1.3B"), "tools/benchmark.py"),
+    Row("benchmark: unknown precision", "--precisions bf16,fp4", ("--precisions fp4", "fp8"),
+        "tools/benchmark.py"),
+    Row("benchmark: FP8 on the CPU", "--suite sizes --device cpu --precisions fp8",
+        ("--precisions fp8", "--device cpu"), "tools/benchmark.py"),
+    Row("benchmark: unknown recipe", "--fp8-recipe nvfp4", ("--fp8-recipe nvfp4", "tensorwise"),
+        "tools/benchmark.py"),
+    Row("benchmark: no time", "--time-budget-minutes 0", ("--time-budget-minutes 0",),
+        "tools/benchmark.py"),
+    Row("benchmark: peak that is none", "--peak-tflops nan", ("--peak-tflops nan",),
+        "tools/benchmark.py"),
+    Row("benchmark: memory of nothing", "--memory-gib=-1", ("--memory-gib -1",),
+        "tools/benchmark.py"),
+    Row("benchmark: less memory than a layer",
+        "--suite sizes --device cpu --sizes 7B --memory-gib 1",
+        ("--sizes 7B", "not even one layer", "1.0 GiB"), "tools/benchmark.py"),
+    Row("benchmark: blocks of no time", "--block-seconds 0", ("--block-seconds 0",),
+        "tools/benchmark.py"),
+    Row("benchmark: no rounds", "--rounds 0", ("--rounds 0",), "tools/benchmark.py"),
+    Row("benchmark: sequences that are no micro-batches", "--sizes 130M --sequences 48",
+        ("--sequences 48", "32"), "tools/benchmark.py"),
+    Row("benchmark: output that is a file", "--output {w}/text.jsonl", ("--output", "text.jsonl"),
+        "tools/benchmark.py"),
+    Row("benchmark: fresh with a value", "--fresh yes", ("yes",), "tools/benchmark.py"),
+)  # fmt: skip
+
+_PLAN = tuple(
+    Row(f"plan: {name}", argv, words, "tools/plan.py")
+    for name, argv, words in (
+        ("no world size", f"-- {MOCK}", ("--world-size is missing",)),
+        ("world size of nothing", f"--world-size 0 -- {MOCK}", ("--world-size 0",)),
+        ("world size that is no number", f"--world-size many -- {MOCK}", ("--world-size", "many")),
+        ("nothing to plan", "--world-size 8", ("behind --", "pretrain_gpt_prores.py")),
+        ("nothing behind the dashes", "--world-size 8 --", ("behind -- there is nothing",)),
+        ("flags before the dashes", f"--world-size 8 --num-layers 4 -- {MOCK}", ("--num-layers",)),
+        ("nodes without GPUs", f"--world-size 8 --gpus-per-node 0 -- {MOCK}",
+         ("--gpus-per-node 0",)),
+        ("time that is none", f"--world-size 8 --time-limit soon -- {MOCK}",
+         ("--time-limit soon", "D-HH:MM:SS")),
+        ("steps of no time", f"--world-size 8 --seconds-per-step 0 -- {MOCK}",
+         ("--seconds-per-step 0",)),
+        ("picture of another kind", f"--world-size 8 --picture plan.jpg -- {MOCK}",
+         ("--picture plan.jpg", ".png")),
+        ("picture into nowhere", f"--world-size 8 --picture /nowhere/plan.png -- {MOCK}",
+         ("--picture /nowhere/plan.png", "/nowhere")),
+        ("JSON with a value", f"--world-size 8 --json yes -- {MOCK}", ("yes",)),
+        ("a flag of the program, misspelt", f"--world-size 8 -- {MOCK} --prores-shedule linear",
+         ("--prores-shedule",)),
+        ("layers that do not divide",
+         f"--world-size 8 --json -- {MOCK} --pipeline-model-parallel-size 8",
+         ("Number of layers", "pipeline-model-parallel")),
+    )
 )  # fmt: skip
 
 ROWS = (
     *_PRORES, *_DEVICE, *_DATA, *_TOKENIZER, *_ENVIRONMENT, *_LAYOUT, *_MODEL, *_TRAINING,
-    *_CHECKPOINT, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS,
+    *_CHECKPOINT, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS, *_PLAN,
 )  # fmt: skip

@@ -27,7 +27,10 @@ class Ratio:
 
 
 def interleave(
-    steps: dict[str, Callable[[], float]], repetitions: int, seed: int = 1234
+    steps: dict[str, Callable[[], float]],
+    repetitions: int,
+    seed: int = 1234,
+    go_on: Callable[[int], bool] = lambda done: True,
 ) -> dict[str, list[float]]:
     """Calls every function once per repetition, each time in another random order.
 
@@ -38,6 +41,7 @@ def interleave(
         steps: Name -> a function that gives the seconds that it took.
         repetitions: How often each is called.
         seed: Of the order.
+        go_on: Asked before each repetition, with the number of those done, whether to do it.
 
     Returns:
         Name -> seconds, by repetition.
@@ -47,7 +51,9 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()
-    for _ in range(repetitions):
+    for done in range(repetitions):
+        if not go_on(done):
+            break
         # The collector runs between steps, not in some of them.
         gc.collect()
         order.shuffle(names)
@@ -96,16 +102,21 @@ def peak_memory(device: str) -> Iterator[Peak]:
     gc.collect()
     _forget_scratch_memory()
     peak = Peak()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated() - before
-        return
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        yield peak
+    # What waits for the collector would count, and when the collector comes is chance.
+    gc.disable()
+    try:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            yield peak
+            peak.bytes = torch.cuda.max_memory_allocated() - before
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            yield peak
+    finally:
+        gc.enable()
     # The summary and the operators of the profile tell of net figures only.
     events = profile.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]

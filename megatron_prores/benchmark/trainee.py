@@ -30,9 +30,9 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
 from megatron_prores import init, upstream
-from megatron_prores.arguments import parse_args
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.errors import UserError
+from megatron_prores.flags.arguments import parse_args
 from megatron_prores.gpt import Batch, forward_step
 from megatron_prores.specs import prores_layer_spec
 from megatron_prores.warmup import ResidualWarmup
@@ -79,36 +79,47 @@ def start_megatron(device: str, argv: list[str]) -> argparse.Namespace:
 
 
 def synthetic_batches(args: argparse.Namespace) -> list[Batch]:
-    """Makes micro-batches as Megatron's data loader hands them out, of random tokens."""
-    size, vocabulary = (args.micro_batch_size, args.seq_length), args.padded_vocab_size
+    """Makes micro-batches as Megatron's data loader hands them out, on the device already.
+
+    Tokens are as frequent as words are in a text (Zipf's law): the gradient of the embedding meets
+    the same row many times, as in training.
+    """
+    samples, length = args.micro_batch_size, args.seq_length
     generator = torch.Generator(device="cpu").manual_seed(args.seed)
-    causal = torch.ones(1, 1, size[1], size[1], dtype=torch.bool).triu(1)
-    return [
-        {
-            "tokens": torch.randint(vocabulary, size, generator=generator),
-            "labels": torch.randint(vocabulary, size, generator=generator),
-            "loss_mask": torch.ones(size),
-            "position_ids": torch.arange(size[1]).expand(size).contiguous(),
-            "attention_mask": causal.expand(size[0], -1, -1, -1).contiguous()
-            if args.create_attention_mask_in_dataloader
-            else None,
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    batches: list[Batch] = []
+    for _ in range(BATCHES):
+        uniform = torch.rand(samples, length + 1, generator=generator)
+        tokens = ((args.padded_vocab_size**uniform).long() - 1).clamp(min=0)
+        batch = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(samples, length),
+            "position_ids": torch.arange(length).expand(samples, -1).contiguous(),
         }
-        for _ in range(BATCHES)
-    ]
+        if args.create_attention_mask_in_dataloader:
+            batch["attention_mask"] = causal.expand(samples, -1, -1, -1).contiguous()
+        batches.append({name: value.cuda() for name, value in batch.items()})
+    return batches
 
 
 class Trainee:
     """One model with its optimizer, ready for training steps."""
 
-    def __init__(self, schedule: str, norm_placement: str, attention: str) -> None:
+    def __init__(
+        self, schedule: str, norm_placement: str, attention: str, fp8: str | None = None
+    ) -> None:
         """Builds the model, its data-parallel wrapper and its optimizer from Megatron's flags.
 
         Args:
             schedule: A ProRes schedule; ``none``: no schedule; :data:`STOCK`: Megatron's layer.
             norm_placement: One of ``placement.PLACEMENTS``.
             attention: Megatron's ``--attention-backend``.
+            fp8: Megatron's ``--fp8-format``, whatever its flags say; None for no FP8.
         """
         args = get_args()
+        # What depends on it hangs on the model's configuration, which is made from it below.
+        args.fp8 = fp8
         prores = ProResConfig(
             schedule=OFF if schedule == STOCK else schedule,
             warmup_iters_per_layer=WARMUP_ITERS_PER_LAYER,
@@ -145,8 +156,14 @@ class Trainee:
         self.steps = 0
 
     def copy_weights(self, other: Trainee) -> None:
-        """Takes over the weights of another model of the same placement."""
-        self.model[0].load_state_dict(other.model[0].state_dict())
+        """Takes over the weights of another model of the same placement, FP8 or not."""
+        theirs = dict(other.model[0].named_parameters())
+        with torch.no_grad():
+            # Parameter by parameter: a state dict has Transformer Engine's FP8 scales in it too.
+            for name, parameter in self.model[0].named_parameters():
+                parameter.copy_(theirs.pop(name))
+        if theirs:
+            raise RuntimeError(f"the models differ: only one of them has {', '.join(theirs)}")
         self.optimizer.reload_model_params()
 
     def alphas(self) -> list[float]:
@@ -164,14 +181,41 @@ class Trainee:
         Returns:
             Seconds, and the loss.
         """
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses = self._step(opened)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, float(losses["lm loss"])
+
+    def block(self, steps: int, opened: bool) -> float:
+        """Trains for some steps in a row, and waits for the device once, after the last one.
+
+        Args:
+            steps: How many.
+            opened: Whether the warmup is over, rather than under way.
+
+        Returns:
+            Seconds per step.
+        """
+        # Where a block before had the layers at another alpha, that is not the cost of this one.
+        self._set_alpha(opened)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step(opened)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    def _set_alpha(self, opened: bool) -> None:
         half = WARMUP_ITERS_PER_LAYER // 2
         t = half + self.steps % half
         if opened:
             t += WARMUP_ITERS_PER_LAYER * get_args().num_layers
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         if self.warmup is not None:
             self.warmup.set_step(t)
+
+    def _step(self, opened: bool) -> dict[str, torch.Tensor]:
+        self._set_alpha(opened)
         result: Any = training.train_step(
             forward_step,
             self.data,
@@ -182,10 +226,8 @@ class Trainee:
             self.forward_backward,
             iteration=self.steps,
         )
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
         self.steps += 1
-        return seconds, float(result[0]["lm loss"])
+        return result[0]
 
 
 def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:

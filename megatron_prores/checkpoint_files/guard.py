@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_prores.checkpoint_files import manifest, safe_load, saving
+from megatron_prores.checkpoint_files import manifest, safe_load, saving, te_state
 from megatron_prores.checkpoint_files.manifest import DamagedError, Manifest
 from megatron_prores.checkpoint_files.reader import (
     FORMAT,
@@ -51,6 +51,7 @@ def install() -> None:
     from megatron_prores.upstream import _wrap
 
     safe_load.install()
+    te_state.install()
     needs = ("checkpoint_dir", "async_sharded_save", "verify_integrity")
     _wrap(dist_checkpointing, "save", needs, saving.save)
     _wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)

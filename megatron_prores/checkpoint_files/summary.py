@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.arguments import prores_config
 from megatron_prores.checkpoint_files.manifest import DamagedError
 from megatron_prores.checkpoint_files.reader import StoredCheckpoint, is_distributed
 from megatron_prores.checkpoint_files.verify import surface_damage
 from megatron_prores.config import OFF
 from megatron_prores.custom_schedule import FILE, is_custom
 from megatron_prores.errors import UserError
+from megatron_prores.flags.arguments import prores_config
 
 _SIZES = {
     "TP": "tensor_model_parallel_size",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_prores.compatibility import Rule
+from megatron_prores.flags.compatibility import Rule
 
 # dest -> value. Each needs a CUDA kernel, or is the CPU's counterpart of a CUDA choice.
 _DEFAULTS: dict[str, Any] = {

@@ -19,24 +19,30 @@ def _transformer_config(weights: dict[str, Any], **layout: Any) -> Any:
     meta = golden.load_json("meta.json")
     channels = meta["hidden_size"] // meta["num_attention_heads"]
     key_rows = weights["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    return TransformerConfig(
-        num_layers=meta["num_layers"],
-        hidden_size=meta["hidden_size"],
-        ffn_hidden_size=meta["ffn_hidden_size"],
-        num_attention_heads=meta["num_attention_heads"],
-        num_query_groups=key_rows // channels,
-        layernorm_epsilon=meta["rms_norm_eps"],
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        **{"transformer_impl": "local", **layout},
-    )
+    values: dict[str, Any] = {
+        "num_layers": meta["num_layers"],
+        "hidden_size": meta["hidden_size"],
+        "ffn_hidden_size": meta["ffn_hidden_size"],
+        "num_attention_heads": meta["num_attention_heads"],
+        "num_query_groups": key_rows // channels,
+        "layernorm_epsilon": meta["rms_norm_eps"],
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "transformer_impl": "local",
+    }
+    return TransformerConfig(**values | layout)
+
+
+def _device() -> torch.device:
+    """Where "cuda" leads to: the CPU, on the CPU device."""
+    return torch.empty(0, device="cuda").device
 
 
 def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[Any]:
@@ -48,7 +54,7 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron_prores.llama import from_llama
     from megatron_prores.specs import prores_layer_spec
 
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(
         layout.get("tensor_model_parallel_size", 1), layout.get("pipeline_model_parallel_size", 1)
     )
@@ -91,6 +97,10 @@ def _never_train_padding(chunks: list[Any]) -> None:
             chunk.embedding.word_embeddings.weight.register_hook(drop)
 
 
+def _array(tensor: torch.Tensor) -> Any:
+    return tensor.detach().float().cpu().numpy()
+
+
 def _set_alphas(chunks: list[Any]) -> None:
     from megatron_prores.layer import ProResLayerMixin
 
@@ -102,9 +112,9 @@ def _set_alphas(chunks: list[Any]) -> None:
 
 
 def _forward_step(with_labels: bool, data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    tokens = torch.tensor(golden.load_arrays("forward_tokens.npz")["tokens"]).long()
+    tokens = torch.tensor(golden.load_arrays("forward_tokens.npz")["tokens"]).long().cuda()
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     output = model(inputs, positions, None, labels=labels if with_labels else None)
 
     def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,10 +160,10 @@ def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bo
     gradients = to_llama(
         chunks, golden.placement(case), meta["vocab_size"], read=lambda p: p.main_grad
     )
-    results = {f"gradient {name}": gradient.numpy() for name, gradient in gradients.items()}
+    results = {f"gradient {name}": _array(gradient) for name, gradient in gradients.items()}
     if parallel_state.is_pipeline_last_stage():
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits[0])
-        results |= {"logits": whole.numpy(), "loss": losses[0].numpy()}
+        results |= {"logits": _array(whole), "loss": _array(losses[0])}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         np.savez(Path(directory, f"stage{stage}.npz"), **results)
@@ -204,7 +214,7 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     from megatron.training import initialize_megatron
 
     from megatron_prores import upstream
-    from megatron_prores.arguments import parse_args, read_prores_flags
+    from megatron_prores.flags.arguments import parse_args, read_prores_flags
     from megatron_prores.llama import to_llama
     from megatron_prores.training import model_config
 

@@ -14,7 +14,7 @@ def main() -> None:
     )
 
     from megatron_prores import upstream
-    from megatron_prores.arguments import parse_args
+    from megatron_prores.flags.arguments import parse_args
     from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
     from megatron_prores.monitor import close_tensorboard
 

@@ -208,3 +208,14 @@ def test_a_checkpoint_loads_under_the_names_of_a_fusing_backend(
     assert job.succeeded, job.output[-3000:]
     assert "NormThenLinear" in job.output
     assert job.scalars("lm loss") == pytest.approx(on_one_rank.scalars("lm loss"), rel=TOLERANCE)
+
+
+def test_an_optimizer_of_another_layout_is_refused(text: Text, tmp_path: Path) -> None:
+    flags = [*MODEL, *text.flags, *WARMUP, "--use-distributed-optimizer"]
+    job = run_job(tmp_path / "first", [*flags, *saving(tmp_path / "saved")])
+    assert job.succeeded, job.output[-3000:]
+    other = [*flags, *loading(tmp_path / "saved"), "--tensor-model-parallel-size", "2"]
+    line = last_error(run_job(tmp_path / "refused", other, ranks=2))
+    assert "--tensor-model-parallel-size 1 lays it out, and this run has 2" in line
+    job = run_job(tmp_path / "anew", [*other, "--no-load-optim"], ranks=2)
+    assert job.succeeded, job.output[-3000:]

@@ -159,3 +159,30 @@ CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
 def test_layer(check: Callable[..., None], args: tuple[object, ...], tmp_path: Path) -> None:
     job = run_ranks(tmp_path, check, args)
     assert job.succeeded, job.output[-3000:]
+
+
+def check_graphs_of_a_part_know_its_norms() -> None:
+    from megatron.core.transformer.enums import CudaGraphModule
+
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True, norm_placement="sandwich")
+    attention, mlp = layer.post_self_attn_layernorm, layer.post_mlp_layernorm
+    expected = {
+        (CudaGraphModule.attn,): {attention},
+        (CudaGraphModule.mlp,): {mlp},
+        (CudaGraphModule.attn, CudaGraphModule.mlp): {attention, mlp},
+    }
+    for parts, norms in expected.items():
+        layer.config.cuda_graph_modules = list(parts)
+        covered = set(layer._get_submodules_under_cudagraphs())
+        assert covered & {attention, mlp} == norms
+    layer.config.cuda_graph_modules = []
+    assert layer._get_submodules_under_cudagraphs() == [layer]
+
+
+def test_graphs_of_a_part_know_its_norms(tmp_path: Path) -> None:
+    """Or their weights would be read before --overlap-param-gather has brought them."""
+    job = run_ranks(tmp_path, check_graphs_of_a_part_know_its_norms)
+    assert job.succeeded, job.output[-3000:]

@@ -20,10 +20,12 @@ WARMUPS = {"during the warmup": 24, "as layer 2 reaches 1": 10, "after the warmu
 
 PP2 = ["--pipeline-model-parallel-size", "2"]
 TP2 = ["--tensor-model-parallel-size", "2"]
-BF16_DP2 = ["--bf16", "--use-distributed-optimizer", "--global-batch-size", "8"]
+FP32_DP2 = ["--use-distributed-optimizer", "--global-batch-size", "8"]
+BF16_DP2 = ["--bf16", *FP32_DP2]
 SAME_LAYOUT = {
     "one rank, fp32": (1, [], 24),
     "two data-parallel ranks, bf16, distributed optimizer": (2, BF16_DP2, 10),
+    "two data-parallel ranks, fp32, distributed optimizer": (2, FP32_DP2, 10),
     "PP2, during the warmup": (2, PP2, 24),
     "PP2, as layer 2 reaches 1": (2, PP2, 10),
     "PP2, after the warmup": (2, PP2, 4),

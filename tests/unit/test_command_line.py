@@ -19,7 +19,7 @@ from tests.refusals import (
     run_alone,
     shown_difference,
 )
-from tests.wrong_invocations import MAIN, ROWS, Row
+from tests.wrong_invocations import DOCTOR, MAIN, ROWS, Row
 
 ALONE = [row for row in ROWS if row.starts_alone]
 
@@ -46,13 +46,14 @@ def test_the_table_has_every_program_and_no_row_twice() -> None:
     assert len(ROWS) >= 60
     assert set(programs) == {
         MAIN,
+        DOCTOR,
         *(f"tools/{path.name}" for path in REPOSITORY.glob("tools/*.py")),
     }
     assert max(Counter(row.name for row in ROWS).values()) == 1
 
 
 def test_the_table_has_every_flag_of_ours() -> None:
-    from megatron_prores.arguments import _Parser, add_prores_args
+    from megatron_prores.flags.arguments import _Parser, add_prores_args
 
     parser = add_prores_args(_Parser(add_help=False))
     tried = " ".join(row.argv for row in ROWS).replace("=", " ").split()

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_prores.arguments import read_prores_flags
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
+from megatron_prores.flags.arguments import read_prores_flags
 
 
 def test_default_is_the_papers_linear_warmup_of_a_thousand_iterations_per_layer() -> None:

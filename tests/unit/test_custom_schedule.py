@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prores.arguments import read_prores_flags
 from megatron_prores.audit import report_of
 from megatron_prores.config import ProResConfig
 from megatron_prores.custom_schedule import MAX_FILE_BYTES, load_schedule
+from megatron_prores.flags.arguments import read_prores_flags
 from megatron_prores.schedule import alphas
 from megatron_prores.warmup import ResidualWarmup
 from tests.unit.complaints import complaint_of

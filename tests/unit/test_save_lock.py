@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prores.errors import UserError
-from megatron_prores.save_lock import LOCK_NAME, STALE_SECONDS, Holder, SaveLock
+from megatron_prores.run.save_lock import LOCK_NAME, STALE_SECONDS, Holder, SaveLock
 
 
 def holder(**changes: object) -> Holder:
@@ -114,7 +114,7 @@ def test_only_one_of_many_gets_a_stale_lock(tmp_path: Path) -> None:
     leave_lock(tmp_path, holder(pid=dead_pid()))
     program = (
         "import sys, time\n"
-        "from megatron_prores.save_lock import SaveLock\n"
+        "from megatron_prores.run.save_lock import SaveLock\n"
         "from megatron_prores.errors import UserError\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try:\n    SaveLock(sys.argv[1]).acquire()\n"

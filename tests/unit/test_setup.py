@@ -44,7 +44,8 @@ class Clone:
         self.commands = place / "bin"
         for directory in (self.path / "scripts", self.home, self.commands):
             directory.mkdir(parents=True)
-        shutil.copy(REPO / "scripts" / "setup.sh", self.path / "scripts")
+        for script in ("setup.sh", "requirements.py"):
+            shutil.copy(REPO / "scripts" / script, self.path / "scripts")
         for name in COMMANDS:
             (self.commands / name).symlink_to(shutil.which(name))
         self.constraints = self.path / "constraints.txt"

@@ -188,10 +188,11 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     """
     from megatron.training import arguments
 
-    from megatron_prores import checkpoint, preflight
+    from megatron_prores import checkpoint
     from megatron_prores.checkpoint_files.guard import check_paths
-    from megatron_prores.compatibility import check_files, check_flags
     from megatron_prores.data.dataset_files import data_prefixes
+    from megatron_prores.flags import preflight
+    from megatron_prores.flags.compatibility import check_files, check_flags
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         # Not a subclass: Megatron makes the parser itself.

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_prores.arguments import prores_config
 from megatron_prores.config import OFF
 from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
 from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
-from megatron_prores.limits import check_numbers, check_split, check_training
+from megatron_prores.flags.arguments import prores_config
+from megatron_prores.flags.limits import check_numbers, check_split, check_training
+from megatron_prores.flags.precision import check_fp8_hardware, check_graphs
+from megatron_prores.flags.preflight import check_checkpoint_is_there, check_directories
 from megatron_prores.placement import PLACEMENTS
-from megatron_prores.preflight import check_checkpoint_is_there, check_directories
 
 Rule = tuple[str, Callable[[Any], bool], str]
 """(the flag as the user gave it, whether it is given, why it cannot work)."""
@@ -77,6 +78,12 @@ _NOT_WITH_PRORES: tuple[Rule, ...] = (
         lambda a: a.spec is not None,
         "ProRes builds the layer spec from Megatron's own flags",
     ),
+)
+
+_ONLY_WITH_TRANSFORMER_ENGINE: tuple[Rule, ...] = (
+    ("--fp8-format", lambda a: a.fp8 is not None, "its GEMMs are Transformer Engine's"),
+    ("--fp4-format", lambda a: a.fp4 is not None, "its GEMMs are Transformer Engine's"),
+    ("--tp-comm-overlap", lambda a: a.tp_comm_overlap, "Transformer Engine's linears overlap it"),
 )
 
 _NOT_WITH_NORM_BEHIND_THE_SUM: tuple[Rule, ...] = (
@@ -143,6 +150,23 @@ def check_flags(args: Any) -> None:
         raise UserError(
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
             "is not installed: install megatron-prores[te], or use --transformer-impl local"
+        )
+    elif args.transformer_impl == "local":
+        _refuse(args, _ONLY_WITH_TRANSFORMER_ENGINE, "cannot be used with --transformer-impl local")
+    if args.device == "cuda" and args.gradient_accumulation_fusion:
+        _check_gradient_accumulation_fusion()
+    check_graphs(args)
+    check_fp8_hardware(args)
+
+
+def _check_gradient_accumulation_fusion() -> None:
+    # Also with Transformer Engine: the output head is Megatron's own linear, which ends the run
+    # when the model is built.
+    if not is_installed("fused_weight_gradient_mlp_cuda"):
+        raise UserError(
+            "gradient accumulation fusion (Megatron's default) needs Apex's "
+            "fused_weight_gradient_mlp_cuda, which is not installed: give "
+            "--no-gradient-accumulation-fusion"
         )
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-from megatron_prores import async_writer
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
-from megatron_prores.save_lock import SaveLock
+from megatron_prores.run import async_writer
+from megatron_prores.run.save_lock import SaveLock
 from megatron_prores.upstream import _wrap
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

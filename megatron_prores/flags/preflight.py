@@ -17,7 +17,8 @@ from megatron_prores.checkpoint import SavedRun
 from megatron_prores.data.dataset_files import check_token_ids
 from megatron_prores.environment import check_address
 from megatron_prores.errors import UserError
-from megatron_prores.limits import check_shapes, flag_of
+from megatron_prores.flags.limits import check_shapes, flag_of
+from megatron_prores.flags.precision import check_fp8_shapes
 
 _MODEL = (
     "num_layers",
@@ -66,6 +67,7 @@ def around_setup(
     def set_global_variables(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         check_address(os.environ)
         check_shapes(named["args"])
+        check_fp8_shapes(named["args"])
         _try_configuration(named["args"], words_of)
         _check_model(named["args"], saved)
         return stock()

@@ -1,4 +1,4 @@
-"""The command line of the benchmark, and Megatron's flags that it stands for."""
+"""The command line of the placements' benchmark, and Megatron's flags that it stands for."""
 
 from __future__ import annotations
 
@@ -6,38 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_prores.arguments import DEVICES
-from megatron_prores.environment import is_installed
-from megatron_prores.errors import UserError
+from megatron_prores.benchmark.model import LAPTOP, Size, implementation_flags, llama_flags
+from megatron_prores.errors import Parser, UserError, split_at_dashes
+from megatron_prores.flags.arguments import DEVICES
 from megatron_prores.placement import PLACEMENTS
 
-
-@dataclass(frozen=True)
-class Size:
-    """A Llama-like model and its batch."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    seq_length: int
-    micro_batch_size: int
-    vocab_size: int
-
-
-SIZES: dict[str, Size] = {
-    "laptop": Size(
-        num_layers=4,
-        hidden_size=256,
-        ffn_hidden_size=688,
-        num_attention_heads=4,
-        seq_length=128,
-        micro_batch_size=2,
-        vocab_size=4096,
-    ),
-}
+SIZES = {"laptop": LAPTOP}
 """Models by the names of ``--size``."""
 
 ATTENTION = "attention"
@@ -62,38 +37,23 @@ class Options:
     @property
     def argv(self) -> list[str]:
         """The command line of a training run of this model, for Megatron's own parser."""
-        flags = [
-            *("--device", self.device, "--normalization", "RMSNorm", "--swiglu"),
-            *("--disable-bias-linear", "--position-embedding-type", "rope"),
-            *("--untie-embeddings-and-output-weights", "--attention-dropout", "0"),
-            *("--hidden-dropout", "0", "--max-position-embeddings", str(self.size.seq_length)),
-            *("--global-batch-size", str(self.size.micro_batch_size)),
-            *("--lr", "1e-4", "--lr-decay-style", "constant", "--train-iters", "1000000"),
-            *("--eval-iters", "0", "--eval-interval", "1000000"),
-            *("--mock-data", "--tokenizer-type", "NullTokenizer"),
-        ]
-        for field in fields(Size):
-            flags += [f"--{field.name.replace('_', '-')}", str(getattr(self.size, field.name))]
+        flags = ["--device", self.device, *llama_flags(self.size)]
+        flags += ["--global-batch-size", str(self.size.micro_batch_size)]
         if self.device == "cuda":
-            flags.append("--bf16")
-            if not is_installed("transformer_engine"):
-                flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
-                flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+            flags += ["--bf16", *implementation_flags(self.device)]
         return [*flags, *self.megatron_flags]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="benchmark.py",
+    parser = Parser(
+        prog="benchmark.py --suite placements",
         description="Times training steps of stock Megatron and of ProRes on the same model, in "
-        "turn, and counts their memory. What follows -- goes to Megatron as it is.",
+        "turn, and counts their memory, for each norm placement at one size. (--suite sizes, the "
+        "default on a GPU, measures the published sizes.) What follows -- goes to Megatron as it "
+        "is.",
         allow_abbrev=False,
     )
+    parser.add_argument("--suite", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help="cuda or cpu; default: cuda")
     parser.add_argument(
         "--size", default="laptop", help=f"one of {', '.join(SIZES)}; default: laptop"
@@ -133,10 +93,7 @@ def read_options(argv: Sequence[str]) -> Options:
     Raises:
         UserError: A value is wrong.
     """
-    own, megatron = list(argv), []
-    if "--" in own:
-        at = own.index("--")
-        own, megatron = own[:at], own[at + 1 :]
+    own, megatron = split_at_dashes(argv)
     args = _parser().parse_args(own)
     if args.device not in DEVICES:
         raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")

@@ -1,4 +1,4 @@
-"""What the benchmark says: a header, a table, and the same as JSON."""
+"""What the benchmark of the placements says: a header, a table, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import platform
 import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
+from megatron_prores.benchmark.machine import commit, processor
 from megatron_prores.benchmark.measure import Ratio
-from megatron_prores.benchmark.options import Options
-
-_REPOSITORY = Path(__file__).resolve().parents[2]
+from megatron_prores.benchmark.placements.options import Options
 
 
 @dataclass(frozen=True)
@@ -47,41 +45,15 @@ def header(options: Options, argv: Sequence[str]) -> dict[str, Any]:
     """Says what was measured, on what, and how to do it again."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": f"python tools/benchmark.py {shlex.join(argv)}".strip(),
-        "machine": _machine(options.device),
+        "machine": processor(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "megatron-core": importlib.metadata.version("megatron-core"),
         "model": asdict(options.size),
         "repetitions": options.repetitions,
     }
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(_REPOSITORY), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain")
-        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: not a git clone"
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def as_text(head: dict[str, Any], rows: list[Row]) -> str:

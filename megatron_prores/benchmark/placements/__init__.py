@@ -1,0 +1,1 @@
+"""The norm placements at one size: stock Megatron, or the schedule ``none``, against ProRes."""

@@ -1,0 +1,1 @@
+"""The command line: Megatron's flags and ours, and everything that is refused before any work."""

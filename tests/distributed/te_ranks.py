@@ -1,0 +1,165 @@
+"""What the Transformer Engine tests run: models of its real modules, built without a GPU.
+
+Transformer Engine computes on GPUs alone, but on the CPU device its modules can be built, named,
+loaded and saved. Each function here runs in a process of its own (``python -m
+tests.distributed.te_ranks FUNCTION ARGUMENTS...``): the CPU device hides Transformer Engine, and
+what one process has imported another would inherit.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PARTS = (
+    "input_layernorm",
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "post_self_attn_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "post_mlp_layernorm",
+)
+
+
+def _use_cpu_with_transformer_engine() -> None:
+    from megatron_prores import device
+    from megatron_prores.cpu import gpu_packages
+
+    gpu_packages.hide = lambda: None
+    device.prepare("cpu")
+
+
+def _layers(chunks: list[Any]) -> Iterator[Any]:
+    from megatron_prores.layer import ProResLayerMixin
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, ProResLayerMixin):
+                yield module
+
+
+def build_golden(case: str, tensor_parallel: int, directory: str) -> None:
+    """Builds a golden case with Transformer Engine's modules, loads the authors' weights into it.
+
+    Leaves the weights by their Llama names, and what the model is made of, as files.
+    """
+    import numpy as np
+    import torch
+
+    from megatron_prores.llama import to_llama
+    from tests import golden
+    from tests.distributed import golden_ranks
+
+    weights = golden.parameters("forward", case)
+    layout = {
+        "transformer_impl": "transformer_engine",
+        "tensor_model_parallel_size": tensor_parallel,
+        "sequence_parallel": tensor_parallel > 1,
+    }
+    chunks = golden_ranks._build(case, weights, layout)
+    parts = [
+        {name: type(layer.get_submodule(name)).__qualname__ for name in PARTS}
+        for layer in _layers(chunks)
+    ]
+    norms = {
+        name: getattr(parameter, "sequence_parallel", None)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if name.rsplit(".", 2)[-2:] == ["final_layernorm", "weight"]
+        or "layernorm" in name
+        or "layer_norm" in name
+    }
+    back = to_llama(chunks, golden.placement(case), golden.load_json("meta.json")["vocab_size"])
+    if torch.distributed.get_rank() == 0:
+        np.savez(Path(directory, "weights.npz"), **{k: v.numpy() for k, v in back.items()})
+        Path(directory, "model.json").write_text(json.dumps({"parts": parts, "norms": norms}))
+
+
+def inspect_specs(directory: str) -> None:
+    """Writes which modules the spec of each placement names, for dense, MoE and MLA layers."""
+    import torch
+    import torch.nn.functional as F
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_prores.placement import PLACEMENTS
+    from megatron_prores.specs import prores_layer_spec
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    common: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "transformer_impl": "transformer_engine",
+    }
+    experts = {"num_moe_experts": 2, "moe_ffn_hidden_size": 128, "moe_grouped_gemm": True}
+    kinds = {
+        "dense": TransformerConfig(**common),
+        "dense with query and key norms": TransformerConfig(**common, qk_layernorm=True),
+        "moe": TransformerConfig(**common, **experts),
+        "mla": MLATransformerConfig(**common, multi_latent_attention=True),
+    }
+    found: dict[str, Any] = {}
+    for kind, config in kinds.items():
+        for placement in PLACEMENTS:
+            model = GPTModelConfig(transformer=config, vocab_size=64, seq_length=16)
+            spec: Any = prores_layer_spec(model, norm_placement=placement)
+            layer = getattr(spec, "layer_specs", [spec])[0]
+            found[f"{kind}, {placement}"] = _parts_of(layer)
+    Path(directory, "specs.json").write_text(json.dumps(found))
+
+
+def _parts_of(layer: Any) -> dict[str, str]:
+    parts = layer.submodules
+    attention = parts.self_attention.submodules
+    named = {
+        "layer": layer.module,
+        "input_layernorm": parts.input_layernorm,
+        "post_self_attn_layernorm": parts.post_self_attn_layernorm,
+        "pre_mlp_layernorm": parts.pre_mlp_layernorm,
+        "post_mlp_layernorm": parts.post_mlp_layernorm,
+        "linear_qkv": getattr(attention, "linear_qkv", None),
+        "core_attention": attention.core_attention,
+        "linear_proj": attention.linear_proj,
+        "q_layernorm": getattr(attention, "q_layernorm", None),
+    }
+    mlp = getattr(parts.mlp, "keywords", {}).get("submodules")
+    named["linear_fc1"] = getattr(mlp, "linear_fc1", None)
+    named["linear_fc2"] = getattr(mlp, "linear_fc2", None)
+    return {key: getattr(value, "__name__", str(value)) for key, value in named.items() if value}
+
+
+def pretrain(*argv: str) -> None:
+    """Runs the main program on the CPU device with Transformer Engine's modules in the model."""
+    from megatron_prores.cpu import flags
+
+    refused = ("--transformer-impl",)
+    flags.NOT_ON_CPU = tuple(rule for rule in flags.NOT_ON_CPU if rule[0] not in refused)
+    program = Path(__file__).resolve().parents[2] / "pretrain_gpt_prores.py"
+    sys.argv = [str(program), *argv]
+    runpy.run_path(str(program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    _use_cpu_with_transformer_engine()
+    function, *words = sys.argv[1:]
+    if function == "build_golden":
+        build_golden(words[0], int(words[1]), words[2])
+    elif function == "inspect_specs":
+        inspect_specs(words[0])
+    else:
+        pretrain(*words)

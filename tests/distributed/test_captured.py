@@ -1,0 +1,104 @@
+"""Compiled functions and captured graphs see every new alpha, and cost nothing to keep.
+
+On the CPU: torch.compile as it is, and a stand-in for CUDA graphs (tests/distributed/capture.py)
+under Megatron's real training loop. tests/gpu does the same with CUDA's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import capture
+from tests.distributed.compiled_layer import CHANGES
+from tests.distributed.conftest import MODEL, Text
+from tests.distributed.launch import REPOSITORY, Job, _free_port, run_job
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_nothing_is_compiled_again_when_alpha_changes() -> None:
+    environment = os.environ | {
+        "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.distributed.compiled_layer"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    counted = json.loads(line.removeprefix("RESULT"))
+    # One function for training, one for evaluation, shared by all layers.
+    assert counted["compiled"] == 2
+    assert counted["compiled again"] == 0
+    # Every alpha was used, though.
+    assert counted["distinct outputs"] == CHANGES + 2
+    assert counted["kernels"] == 1
+
+
+ITERATIONS = 10
+# Rising alphas, and one that is 1 when the graph is captured, after 3 iterations, and falls: an
+# open layer whose stock path was captured would not see it.
+TABLE = {
+    "steps": [0, 3, 10],
+    "alpha": [[1.0, 0.0, 0.5, 0.2], [1.0, 0.3, 0.6, 0.3], [0.1, 1.0, 1.0, 0.9]],
+}
+# The generators that the local graphs' usual tracker has are CUDA's; the tests draw nothing.
+GRAPHS = {
+    "full_iteration": "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+    "local": "--cuda-graph-impl local --inference-rng-tracker",
+}
+
+
+def flags_of(text: Text, directory: Path) -> list[str]:
+    table = directory / "schedule.json"
+    table.write_text(json.dumps(TABLE))
+    schedule = ["--prores-schedule", f"file:{table}"]
+    more = ["--train-iters", str(ITERATIONS), "--eval-interval", "2", "--eval-iters", "2"]
+    return [*MODEL, *text.flags, *schedule, *more]
+
+
+def curves(job: Job) -> dict[str, dict[int, float]]:
+    assert job.succeeded, job.output[-3000:]
+    return {tag: job.scalars(tag) for tag in ("lm loss", "lm loss validation", "grad-norm")}
+
+
+def on_the_same_generators(mode: str, text: Text, directory: Path) -> list[str]:
+    more = ["--inference-rng-tracker"] if mode == "local" else []
+    return [*flags_of(text, directory), *more]
+
+
+@pytest.mark.parametrize("mode", GRAPHS)
+def test_captured_graph_reads_alpha_at_every_replay(mode: str, text: Text, tmp_path: Path) -> None:
+    flags = on_the_same_generators(mode, text, tmp_path)
+    eager = run_job(tmp_path / "eager", flags)
+    argv = [*flags, *GRAPHS[mode].split()]
+    job = run_job(tmp_path / "graph", argv, prepare=capture.PREPARE[mode])
+    assert curves(job) == curves(eager)
+    # full_iteration: three steps of warmup each for training and evaluation, then the capture.
+    assert job.output.count("replayed") >= 2 * (ITERATIONS - 4)
+    assert job.alphas_by_step() == eager.alphas_by_step()
+
+
+@pytest.mark.parametrize("fault", [capture.exchange_alphas, capture.let_layers_open])
+@pytest.mark.parametrize("mode", GRAPHS)
+def test_planted_faults_are_seen(
+    mode: str, fault: Callable[[], None], text: Text, tmp_path: Path
+) -> None:
+    flags = on_the_same_generators(mode, text, tmp_path)
+    eager = run_job(tmp_path / "eager", flags)
+    prepare = partial(capture.plant, fault, capture.PREPARE[mode])
+    job = run_job(tmp_path / "graph", [*flags, *GRAPHS[mode].split()], prepare=prepare)
+    assert curves(job) != curves(eager)

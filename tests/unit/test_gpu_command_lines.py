@@ -1,0 +1,85 @@
+"""Command lines for GPUs, planned without one: those of the GPU tests work, wrong ones do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_prores.placement import PLACEMENTS
+from tests.distributed.launch import REPOSITORY
+from tests.gpu.command_lines import BF16, FP8, GRAPHS, LOCAL, command_lines
+
+OVERLAP = "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap"
+
+GOOD = {
+    **command_lines(),
+    **{f"graph, {name}": f"{BF16} {flags}" for name, flags in GRAPHS.items()},
+    **{
+        f"{placement}, tensor-parallel communication overlaps": f"{BF16} {OVERLAP} "
+        f"--norm-placement {placement}"
+        for placement in PLACEMENTS
+    },
+    "FP8, tensor-parallel communication overlaps": f"{BF16} {OVERLAP} {FP8['tensorwise']}",
+}
+
+WRONG = {
+    f"{BF16} {FP8['tensorwise']} --ffn-hidden-size 1368": ("--ffn-hidden-size 1368", "16", "1376"),
+    f"{BF16} {FP8['mxfp8']} --hidden-size 144 --num-attention-heads 6": ("--hidden-size 144", "32"),
+    f"{BF16} {FP8['delayed']} --first-last-layers-bf16": ("Delayed scaling", "BF16"),
+    f"{BF16} --fp8-param-gather --use-distributed-optimizer": ("fp8",),
+    f"{LOCAL} --bf16 {FP8['tensorwise']}": ("--fp8-format", "--transformer-impl local"),
+    f"{LOCAL} --bf16 --cuda-graph-impl local": ("--te-rng-tracker",),
+    f"{LOCAL} {OVERLAP}": ("--tp-comm-overlap", "--transformer-impl local"),
+    f"{BF16} --cuda-graph-impl full_iteration": ("--no-check-for-nan-in-loss-and-grad",),
+    f"{BF16} {GRAPHS['full_iteration']} --check-for-spiky-loss": ("--check-for-spiky-loss",),
+    f"{BF16} {GRAPHS['full_iteration']} --timing-log-level 2": ("--timing-log-level 2",),
+    f"{BF16} --norm-placement post --use-transformer-engine-op-fuser": (
+        "--use-transformer-engine-op-fuser",
+    ),
+    f"{BF16} --fused-residual-rmsnorm": ("--fused-residual-rmsnorm",),
+}
+
+CODE = """
+import json, sys
+from megatron_prores.errors import UserError
+from megatron_prores.plan.planner import make_plan
+refused = {}
+for line in json.load(sys.stdin):
+    try:
+        make_plan(line.split(), 2 if "--tensor-model-parallel-size 2" in line else 1)
+    except UserError as error:
+        refused[line] = str(error)
+print("REFUSED", json.dumps(refused))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, str]:
+    """Plans all of them in one process: command line -> why it is refused."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CODE],
+        input=json.dumps([*GOOD.values(), *WRONG]),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("REFUSED")]
+    found: dict[str, str] = json.loads(line.removeprefix("REFUSED"))
+    return found
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_it_can_be_planned(name: str, refused: dict[str, str]) -> None:
+    assert refused.get(GOOD[name]) is None
+
+
+@pytest.mark.parametrize("line", WRONG, ids=[" ".join(words) for words in WRONG.values()])
+def test_it_is_refused(line: str, refused: dict[str, str]) -> None:
+    assert line in refused
+    assert all(word in refused[line] for word in WRONG[line])
+    assert "\n" not in refused[line]
