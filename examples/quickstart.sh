@@ -126,8 +126,10 @@ gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus >= 1)); then
   ranks=$((gpus >= 2 ? 2 : 1))
   device=(--device cuda --bf16)
-  "$PYTHON" -c 'import transformer_engine' 2>/dev/null ||
-    device+=(--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion)
+  "$PYTHON" -c 'import torch, transformer_engine' 2>/dev/null ||
+    device+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
+  "$PYTHON" -c 'import torch, fused_weight_gradient_mlp_cuda' 2>/dev/null || # of Apex
+    device+=(--no-gradient-accumulation-fusion)
 else
   ranks=2
   device=(--device cpu)

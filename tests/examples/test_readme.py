@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_prores.arguments import add_prores_args
+from megatron_prores.flags.arguments import add_prores_args
 from megatron_prores.schedule import SCHEDULES
 from tests.examples.clone import REPOSITORY, make_clone, run
+from tests.wrong_invocations import ROWS
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -32,7 +35,7 @@ def test_readme_begins_with_the_two_commands() -> None:
 
 
 def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
-    text, train = BLOCKS[1:]
+    text, train, published = BLOCKS[1:]
     text = text.replace("--output-dir data", "--output-dir data --max-megabytes 10")
     text = text.replace("--vocab-size 8192", "--vocab-size 512")
     train = train.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2").rstrip()
@@ -41,6 +44,22 @@ def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "validation loss at iteration 4 on validation set" in result.stdout
     assert (tmp_path / "checkpoints/iter_0000004").is_dir()
+    result = run(["bash", "-e", "-c", published], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    words = result.stdout.replace("\\\n", " ").split()
+    for flag, value in (
+        *(("--norm-placement", "post"), ("--prores-schedule", "none")),
+        *(("--norm-placement", "deepnorm"), ("--prores-schedule", "linear_sqrt")),
+        *(("--node-rank", "0"), ("--nnodes", "4")),
+    ):
+        assert (flag, value) in pairwise(words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_tests_without_a_gpu_are_no_success() -> None:
+    result = run(["bash", "tests/run.sh", "--gpu"], REPOSITORY)
+    assert result.returncode == 2
+    assert "no GPU" in result.stderr
 
 
 def test_the_table_of_flags_is_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +71,10 @@ def test_the_table_of_flags_is_the_programs(capsys: pytest.CaptureFixture[str]) 
     assert documented == flags
     (row,) = [line for line in README.splitlines() if line.startswith("| `--prores-schedule")]
     assert set(re.findall(r"`(\w+)`", row)) == {*SCHEDULES, "none"}
+
+
+def test_wrong_invocations_are_counted_right() -> None:
+    assert f"| Wrong input | {len(ROWS)} wrong command lines" in README
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The 71M model of the paper (arXiv 2603.05369): 70.6 million parameters.
+#
+#   [VARIABLE=VALUE ...] bash examples/pretrain_71m.sh [--dry-run] [placement] [prores|plain] [schedule] [flags]
+#
+# examples/launcher.sh lists the words and the variables, docs/launch.md explains them.
+
+set -euo pipefail
+
+NAME=71m
+
+LAYERS=${LAYERS:-12}
+HIDDEN_SIZE=${HIDDEN_SIZE:-512}
+FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-1368}
+HEADS=${HEADS:-8}
+LEARNING_RATE=${LEARNING_RATE:-2e-3}
+
+# One node of 8 GPUs, data parallel: 10 GB a GPU, nearly all of it activations.
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-32}
+
+# shellcheck source=examples/launcher.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
+launch "$@"

@@ -1,0 +1,95 @@
+"""From a command line and a world size to a plan."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_prores import device
+from megatron_prores.environment import check_environment
+from megatron_prores.flags.arguments import read_prores_flags
+from megatron_prores.plan.result import Plan
+
+MAIN_PROGRAM = "pretrain_gpt_prores.py"
+
+
+def make_plan(
+    argv: Sequence[str],
+    world_size: int,
+    *,
+    gpus_per_node: int = 8,
+    time_limit: float | None = None,
+    seconds_per_step: float | None = None,
+) -> Plan:
+    """Plans a run without starting it; needs no GPU and writes nothing.
+
+    Sets this process up for the CPU device, for good, unless Megatron has been imported on it.
+
+    Args:
+        argv: The command line of the main program, without its name.
+        world_size: Ranks (GPUs) of the job.
+        gpus_per_node: Ranks per node.
+        time_limit: Seconds that the job may run.
+        seconds_per_step: What a step takes, where that is known.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: The main program would refuse the command line; the words are its own.
+        StopRun: The layers or process groups do not fit together.
+    """
+    with _launched(argv, world_size, min(gpus_per_node, world_size)):
+        check_environment(os.environ)
+        _, device_name = read_prores_flags(argv)
+        # Whatever the run's device: the planner's is the CPU.
+        device.prepare("cpu")
+        from megatron_prores.plan.build import build_plan
+
+        return build_plan(
+            device_name,
+            gpus_per_node=gpus_per_node,
+            time_limit=time_limit,
+            seconds_per_step=seconds_per_step,
+        )
+
+
+@contextmanager
+def _launched(argv: Sequence[str], world_size: int, gpus_per_node: int) -> Iterator[None]:
+    """Makes this process look like rank 0 of the job, for as long as it plans."""
+    launcher = {
+        "RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(gpus_per_node),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        # Of the caller's environment where it is there: the run's launcher sets it.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get(
+            "CUDA_DEVICE_MAX_CONNECTIONS", _connections(argv)
+        ),
+    }
+    before = {name: os.environ.get(name) for name in launcher}
+    real_argv = sys.argv
+    os.environ.update(launcher)
+    sys.argv = [MAIN_PROGRAM, *argv]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.argv = real_argv
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _connections(argv: Sequence[str]) -> str:
+    """Gives the CUDA_DEVICE_MAX_CONNECTIONS that Megatron asks of such a run on Hopper."""
+    sharded = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
+    return "32" if sharded & set(argv) else "1"

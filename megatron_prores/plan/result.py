@@ -1,0 +1,65 @@
+"""What a plan says: the one thing that text, JSON and picture are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+TABLE_RANKS = 64
+"""A world up to this size has the audit's table in its plan, a line per rank and virtual stage."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One of the L layers."""
+
+    layer: int
+    stage: int
+    virtual_stage: int
+    opens_after_step: int | None
+    """Completed steps from which alpha is 1; None: it never is."""
+    opens_after_samples: int | None
+    opens_after_tokens: int | None
+    opens_in_training: bool
+    """Whether that is within the training."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line will do on a number of GPUs."""
+
+    world_size: int
+    layout: dict[str, int]
+    """Ranks along each kind of parallelism, and virtual stages per pipeline rank."""
+    groups: dict[str, dict[str, int]]
+    """Kind of process group -> how many there are, of how many ranks."""
+    ranks_played: list[int]
+    """Ranks as which Megatron's own code made the groups."""
+    fits: list[str]
+    """Every division of the layout, in words."""
+    model: dict[str, Any]
+    parameters: dict[str, Any]
+    """``total``, ``unpadded`` without padded vocabulary, ``per_rank`` of each pipeline stage, and
+    of these ``per_rank_experts``."""
+    stages: list[dict[str, Any]]
+    """What each pipeline and virtual stage holds."""
+    layers: list[LayerPlan]
+    layer_map: str
+    """As the audit of a run logs it."""
+    table: str | None
+    """As the audit of a run would draw it, at step 0; for small worlds."""
+    training: dict[str, Any]
+    """Batch, steps, tokens, learning rate."""
+    warmup: dict[str, Any]
+    memory: dict[str, Any]
+    """Bytes per rank."""
+    curves: dict[str, Any]
+    """``steps``, and ``alphas`` of layer 1..L at each of them: what the picture shows."""
+    warnings: list[str]
+    notes: list[str]
+    """What was not checked, and what was assumed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Gives the plan for JSON, without the curves."""
+        return {name: each for name, each in dataclasses.asdict(self).items() if name != "curves"}

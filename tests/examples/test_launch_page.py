@@ -1,0 +1,84 @@
+"""Every command of docs/launch.md runs: shrunk, or, where it needs GPUs, as a dry run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.examples.clone import REPOSITORY, make_clone
+from tests.examples.test_published_runs import SHRUNK, user_environment
+
+PAGE = (REPOSITORY / "docs/launch.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clone(tmp_path_factory.mktemp("clone"))
+
+
+def run_block(script: str, clone: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=clone,
+        env=user_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def test_the_first_try_trains(clone: Path) -> None:
+    result = run_block(BLOCKS[0].replace("TRAIN_ITERS=20", "TRAIN_ITERS=4"), clone)
+    assert "iteration        4/       4" in result.stdout
+    assert (clone / "runs/130m/post-prores-linear/checkpoints/iter_0000004").is_dir()
+
+
+def test_commands_for_gpus_are_understood(clone: Path) -> None:
+    commands = [line.split("#")[0].rstrip() for line in BLOCKS[1].splitlines()]
+    assert len(commands) == 8
+    dry = "\n".join(f"{command} --dry-run" for command in commands)
+    assert run_block(dry, clone).stdout.count("-m megatron_prores.launch") == 8
+    assert run_block(BLOCKS[2], clone).stdout.count("-m megatron_prores.launch") == 2
+
+
+def test_two_launchers_are_one_run(clone: Path) -> None:
+    # Both on this host: the address is the loopback's.
+    lines = BLOCKS[3].replace("10.0.0.1 ", "127.0.0.1 ").splitlines()
+    both = f"{lines[0].split('#')[0]} & first=$!\n{lines[1]}\nwait $first"
+    variables = {**SHRUNK, "GPUS_PER_NODE": "1", "LOG_ID": "a"}
+    result = run_block(both, clone, **variables)
+    assert "3b pre-prores-linear: node 0 of 2" in result.stdout
+    assert "3b pre-prores-linear: node 1 of 2" in result.stdout
+    logs = clone / "runs/3b/pre-prores-linear/logs/a"
+    assert "iteration        4/       4" in (logs / "rank1.log").read_text()
+    assert (logs / "rank0.log").is_file()
+
+
+def test_all_blocks_are_known() -> None:
+    assert len(BLOCKS) == 4
+
+
+def test_variables_of_the_page_are_the_launchers() -> None:
+    text = (REPOSITORY / "examples/launcher.sh").read_text()
+    used = set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"HOME", "NETRC", "PYTHONPATH"}
+    used = {name for name in used if not name.startswith(("SLURM_", "CUDA_"))}
+    documented = {
+        name
+        for line in PAGE.partition("## Variables")[2].partition("## Layouts")[0].splitlines()
+        for name in re.findall(r"`([A-Z_]+)(?:=1)?`", line)
+    }
+    known = {"OMP_NUM_THREADS", "PYTHONUNBUFFERED", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    assert used - documented - {"WANDB_API_KEY", "WANDB_RUN_ID", "VOCAB_SIZE"} == set()
+    for name in documented - known:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", PAGE):
+        assert (REPOSITORY / "docs" / target).exists(), target

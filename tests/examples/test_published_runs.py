@@ -1,0 +1,472 @@
+"""The scripts of the published runs: the paper's figures, and each of them run for real, shrunk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule import SCHEDULES
+from tests.distributed.launch import run_ranks
+from tests.examples.clone import REPOSITORY, environment
+
+# The runs of arXiv 2603.05369: sizes, learning rates, and T, the ProRes warmup per layer.
+# nodes: of 8 GPUs, that the script is written for. parameters: see published_parameters.
+COLUMNS = "layers hidden ffn heads lr T nodes".split()
+PAPER = """
+    pretrain_71m.sh          12   512  1368  8 2e-3 1000 1
+    pretrain_130m.sh         12   768  2048 12 2e-3 1000 1
+    pretrain_350m.sh         24  1024  2736 16 1e-3 1000 1
+    pretrain_1b.sh           24  2048  5632 32 6e-4 1000 1
+    pretrain_3b.sh           32  2560  6848 32 6e-4 1000 2
+    pretrain_7b.sh           32  4096 11008 32 3e-4 1000 4
+    depth_study.sh-12        12   512  1368  8 2e-3 1000 1
+    depth_study.sh-24        24   512  1368  8 2e-3 1000 1
+    depth_study.sh-48        48   512  1368  8 2e-3 1000 1
+    depth_study.sh-72        72   512  1368  8 2e-3 1000 1
+    depth_study.sh-96        96   512  1368  8 2e-3  500 1
+    depth_study.sh-120      120   512  1368  8 2e-3  500 1
+    schedule_ablation.sh-linear 12 768 2048 12 2e-3 1000 1
+"""
+RUNS: dict[str, dict[str, float]] = {
+    words[0]: dict(zip(COLUMNS, map(float, words[1:]), strict=True))
+    for words in map(str.split, PAPER.strip().splitlines())
+}
+NAMED_SIZES = {"pretrain_71m.sh": 71e6, "pretrain_1b.sh": 1.36e9, "depth_study.sh-12": 71e6}
+"""Sizes as they are named, where that is within 1% (the paper says 1B and 1.3B of the second)."""
+
+METHODS: dict[str, tuple[str, str, str]] = {
+    # words: placement, initialisation, schedule
+    "": ("pre", "normal", "linear"),
+    "plain": ("pre", "normal", "none"),
+    "scaled plain": ("pre", "scaled", "none"),
+    "deepnorm plain": ("deepnorm", "deepnorm", "none"),
+    "prores deepnorm": ("deepnorm", "deepnorm", "linear"),
+    "equal lns": ("lns", "normal", "equal"),
+    **{f"{name} plain": (name, "normal", "none") for name in ("sandwich", "post", "lns")},
+    **{f"post prores {schedule}": ("post", "normal", schedule) for schedule in SCHEDULES},
+}
+
+KEY = "0123456789abcdef-not-a-real-key-0123456789"
+
+SHRUNK = {
+    "DEVICE": "cpu",
+    "GPUS_PER_NODE": "2",
+    "DATA": "mock",
+    "LAYERS": "4",
+    "HIDDEN_SIZE": "32",
+    "FFN_HIDDEN_SIZE": "64",
+    "HEADS": "2",
+    "SEQ_LENGTH": "16",
+    "VOCAB_SIZE": "128",
+    "MICRO_BATCH_SIZE": "1",
+    "GLOBAL_BATCH_SIZE": "4",
+    "TRAIN_ITERS": "4",
+    "WARMUP_ITERS_PER_LAYER": "1",
+    "EVAL_INTERVAL": "2",
+    "EVAL_ITERS": "1",
+    "LOG_INTERVAL": "1",
+    "SAVE_INTERVAL": "2",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def user_environment(**variables: str) -> dict[str, str]:
+    """The tests' own environment, without a launcher's or a batch system's variables."""
+    kept = environment(PYTHON=sys.executable)
+    names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT NNODES NODE_RANK".split()
+    kept = {
+        name: value
+        for name, value in kept.items()
+        if name not in names and not name.startswith("SLURM_")
+    }
+    return {**kept, **variables}
+
+
+def run_script(
+    *words: str, cwd: Path = REPOSITORY, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script, named as in PAPER: what follows a hyphen is its first argument."""
+    script, _, first = words[0].partition("-")
+    command = ["bash", str(REPOSITORY / "examples" / script), *filter(None, [first]), *words[1:]]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=user_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def dry_run(*words: str, **variables: str) -> tuple[list[str], list[str]]:
+    """What a script would run: variables and launcher, and the flags of the main program."""
+    result = run_script(*words, "--dry-run", **variables)
+    assert result.returncode == 0, result.stderr
+    command = shlex.split(result.stdout.replace("\\\n", ""))
+    program = command.index(str(REPOSITORY / "pretrain_gpt_prores.py"))
+    return command[:program], command[program + 1 :]
+
+
+def write_plans(commands: dict[str, tuple[list[str], int]], answer: Path) -> None:
+    """Parses all command lines by the real program, in one process."""
+    from megatron_prores.plan.planner import make_plan
+
+    plans = {name: make_plan(*command).as_dict() for name, command in commands.items()}
+    answer.write_text(json.dumps(plans))
+
+
+def plan_of(name: str) -> str:
+    return f"{name} (run)"
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The plan of every script at its own world size, and of every method."""
+    directory = tmp_path_factory.mktemp("plans")
+    commands = {}
+    for name, run in RUNS.items():
+        nodes = {"NNODES": str(int(run["nodes"])), "NODE_RANK": "0", "MASTER_ADDR": "node0"}
+        commands[plan_of(name)] = dry_run(name, **nodes)[1], int(8 * run["nodes"])
+    for words in METHODS:
+        commands[words] = dry_run("pretrain_130m.sh", *words.split())[1], 8
+    answer = directory / "plans.json"
+    job = run_ranks(directory, write_plans, (commands, answer))
+    assert job.succeeded, job.output[-3000:]
+    return json.loads(answer.read_text())
+
+
+def published_parameters(run: dict[str, float]) -> float:
+    """Of a Llama-like model with untied embeddings and a vocabulary of 32000."""
+    hidden, ffn = run["hidden"], run["ffn"]
+    layer = 4 * hidden**2 + 3 * hidden * ffn + 2 * hidden
+    return run["layers"] * layer + 2 * 32000 * hidden + hidden
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_real_program_reads_the_papers_figures(
+    name: str, plans: dict[str, dict[str, Any]]
+) -> None:
+    run, plan = RUNS[name], plans[plan_of(name)]
+    assert plan["parameters"]["total"] == published_parameters(run)
+    if name in NAMED_SIZES:
+        assert plan["parameters"]["total"] == pytest.approx(NAMED_SIZES[name], rel=0.01)
+    model, training = plan["model"], plan["training"]
+    assert model["layers"] == run["layers"]
+    assert model["hidden_size"] == run["hidden"]
+    assert model["ffn_hidden_size"] == run["ffn"]
+    assert model["attention_heads"] == run["heads"]
+    assert model["sequence_length"] == 1024
+    assert training["learning_rate"] == run["lr"]
+    assert (training["learning_rate_style"], training["learning_rate_warmup_steps"]) == ("WSD", 2e3)
+    assert training["min_learning_rate"] == 0
+    assert training["global_batch_size"] == 512
+    assert training["steps"] == 100000
+    assert training["eval_interval"] == 1000
+    assert plan["warmup"]["schedule"] == "linear"
+    assert plan["warmup"]["length"] == run["T"] * run["layers"]
+    assert plan["world_size"] == 8 * run["nodes"]
+    assert plan["warnings"] == []
+    # Of 80 GB, before what the plan leaves out.
+    assert plan["memory"]["fullest_total"] < 65e9
+
+
+def test_the_rest_of_the_recipe_is_the_papers() -> None:
+    for name in RUNS:
+        flags = " ".join(dry_run(name)[1])
+        for flag in (
+            *("--adam-beta1 0.9 ", "--adam-beta2 0.95 ", "--adam-eps 1e-8 ", "--clip-grad 1.0 "),
+            *("--weight-decay 0.1 ", "--lr-wsd-decay-iters 10000 ", "--lr-wsd-decay-style linear "),
+            *("--normalization RMSNorm ", "--norm-epsilon 1e-5 ", "--swiglu ", "--bf16 "),
+            *("--position-embedding-type rope ", "--rotary-base 10000 ", "--hidden-dropout 0 "),
+            *("--untie-embeddings-and-output-weights ", "--attention-dropout 0 "),
+            *("--disable-bias-linear ", "--init-method-std 0.02 "),
+        ):
+            assert flag in flags
+
+
+@pytest.mark.parametrize("words", METHODS)
+def test_the_method_is_taken_in_words(words: str, plans: dict[str, dict[str, Any]]) -> None:
+    placement, initialisation, schedule = METHODS[words]
+    plan = plans[words]
+    assert plan["model"]["norm_placement"] == placement
+    assert plan["model"]["branch_init"] == initialisation
+    assert plan["warmup"]["schedule"] == schedule
+
+
+def test_the_words_are_the_programs() -> None:
+    text = (REPOSITORY / "examples/launcher.sh").read_text()
+    words = {
+        name: re.search(rf"^{name}=\(([^)]*)\)", text, flags=re.MULTILINE)
+        for name in ("PLACEMENTS", "SCHEDULES")
+    }
+    assert [*words["PLACEMENTS"][1].split()] == [*PLACEMENTS, "scaled"]  # type: ignore[index]
+    assert [*words["SCHEDULES"][1].split()] == [*SCHEDULES]  # type: ignore[index]
+
+
+def test_a_study_is_a_job_array() -> None:
+    schedules = run_script("schedule_ablation.sh-0", "--dry-run")
+    assert "--prores-schedule linear " in schedules.stdout
+    listing = run_script("schedule_ablation.sh", "--list").stdout.splitlines()
+    assert listing == [f"{number} {name}" for number, name in enumerate(SCHEDULES)]
+    listing = run_script("depth_study.sh", "--list").stdout.splitlines()
+    assert [line.split()[1:] for line in listing] == [
+        [str(layers), method]
+        for layers in (12, 24, 48, 72, 96, 120)
+        for method in ("prores", "plain")
+    ]
+    for line in listing:
+        number, layers, method = line.split()
+        by_number = run_script(f"depth_study.sh-{number}", "--dry-run", LOG_ID="a").stdout
+        assert (
+            by_number
+            == run_script(f"depth_study.sh-{layers}", method, "--dry-run", LOG_ID="a").stdout
+        )
+        assert ("--prores-schedule none" in by_number) == (method == "plain")
+
+
+def test_layout_data_and_further_flags_go_through() -> None:
+    launcher, flags = dry_run(
+        *("pretrain_7b.sh", "post", "--seed", "7", "--log-throughput"),
+        NNODES="4",
+        NODE_RANK="3",
+        MASTER_ADDR="10.0.0.1",
+        TP="4",
+        PP="2",
+        VPP="2",
+        MICRO_BATCH_SIZE="4",
+        PRECISION="fp8",
+        TRAIN_DATA="0.3 /data/a 0.7 /data/b",
+        VALID_DATA="/data/c",
+        TOKENIZER_MODEL="/data/t.model",
+        RUN_DIR="/scratch/run",
+        MASTER_PORT="1234",
+    )
+    launcher_text, text = " ".join(launcher), " ".join(flags) + " "
+    assert "--nnodes 4 --node-rank 3" in launcher_text
+    assert "--master-addr 10.0.0.1 --master-port 1234" in launcher_text
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in launcher
+    for words in (
+        *("--seed 7 ", "--log-throughput ", "--tensor-model-parallel-size 4 "),
+        *("--pipeline-model-parallel-size 2 ", "--num-virtual-stages-per-pipeline-rank 2 "),
+        *("--sequence-parallel ", "--micro-batch-size 4 ", "--bf16 --fp8-format hybrid "),
+        *("--train-data-path 0.3 /data/a 0.7 /data/b ", "--valid-data-path /data/c "),
+        *("--save /scratch/run/checkpoints --load /scratch/run/checkpoints ",),
+        # 32000 ids need no padding then either.
+        "--make-vocab-size-divisible-by 64 ",
+    ):
+        assert words in text
+
+
+def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n'
+    )
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "PATH": path}
+    slurm |= {"SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_RESTART_COUNT": "2", "SLURM_LOCALID": "0"}
+    launcher = " ".join(dry_run("pretrain_130m.sh", **slurm)[0])
+    assert "--nnodes 2 --node-rank 1" in launcher
+    assert "--master-addr gpu3 --master-port 19711" in launcher
+    assert "logs/4711.2 " in launcher
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "expected"),
+    [
+        ("pretrain_130m.sh before", {}, "before: no such word; a placement is one of pre sandwich"),
+        ("pretrain_130m.sh Post", {}, "Post: no such word"),
+        ("pretrain_130m.sh post pre", {}, "post pre: give one placement"),
+        ("pretrain_130m.sh plain linear", {}, "plain linear: a schedule is one of prores"),
+        ("depth_study.sh", {}, "--list"),
+        ("depth_study.sh 13", {}, "13: choose one of 12 24 48 72 96 120 layers"),
+        ("schedule_ablation.sh 12", {}, "12: choose one of linear linear_sqrt"),
+        ("schedule_ablation.sh equal plain", {}, "plain equal: a schedule is one of prores"),
+        ("pretrain_130m.sh", {"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE=all: give a whole number"),
+        ("pretrain_130m.sh", {"TRAIN_ITERS": "1e5"}, "TRAIN_ITERS=1e5: give a whole number"),
+        ("pretrain_130m.sh", {"TP": "0"}, "TP=0: give a whole number above 0"),
+        ("pretrain_130m.sh", {"TP": "3"}, "TP=3 times PP=1 does not divide the 8 ranks"),
+        (
+            "pretrain_130m.sh",
+            {"MICRO_BATCH_SIZE": "24"},
+            "GLOBAL_BATCH_SIZE=512 does not divide by",
+        ),
+        ("pretrain_130m.sh", {"DEVICE": "tpu"}, "DEVICE=tpu: choose cuda or cpu"),
+        ("pretrain_130m.sh", {"PRECISION": "fp16"}, "PRECISION=fp16: choose bf16, fp8 or fp32"),
+        ("pretrain_130m.sh", {"DATA": "c4"}, "DATA=c4: choose files or mock"),
+        ("pretrain_130m.sh", {"TRANSFORMER_IMPL": "te"}, "TRANSFORMER_IMPL=te: choose"),
+        ("pretrain_130m.sh", {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is less"),
+        ("pretrain_130m.sh", {"NNODES": "2"}, "NNODES=2 needs NODE_RANK"),
+        ("pretrain_130m.sh", {"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ("pretrain_130m.sh", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: nodes are numbered"),
+        ("pretrain_130m.sh", {"SLURM_LOCALID": "1"}, "start one launcher per node"),
+    ],
+)
+def test_wrong_words_and_variables_are_named_at_once(
+    words: str, variables: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    result = run_script(*words.split(), timeout=20, RUN_DIR=str(tmp_path / "run"), **variables)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_no_key_and_starts_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    variables = {"WANDB_PROJECT": "p", "WANDB_API_KEY": KEY, "RUN_DIR": str(run)}
+    result = run_script("pretrain_71m.sh", "--dry-run", **variables)
+    assert result.returncode == 0
+    assert "WANDB_MODE=online" in result.stdout
+    assert "--wandb-project p" in result.stdout
+    assert KEY not in result.stdout + result.stderr
+    assert not run.exists()
+    del variables["WANDB_API_KEY"]
+    home = tmp_path / "home"
+    home.mkdir()
+    without_key = {**variables, "HOME": str(home)}
+    assert "WANDB_MODE=offline" in run_script("pretrain_71m.sh", "--dry-run", **without_key).stdout
+    (home / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert "WANDB_MODE=online" in run_script("pretrain_71m.sh", "--dry-run", **without_key).stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Every script, run for real with another method each: its directory, and what it printed."""
+    root = tmp_path_factory.mktemp("runs")
+    methods = {
+        "pretrain_71m.sh": "",
+        "pretrain_130m.sh": "sandwich linear_sqrt",
+        "pretrain_350m.sh": "lns plain",
+        "pretrain_1b.sh": "post prores",
+        "pretrain_3b.sh": "scaled plain",
+        "pretrain_7b.sh": "deepnorm stagewise_L",
+        "depth_study.sh-120": "post plain",
+        "schedule_ablation.sh-reverse": "pre",
+    }
+
+    def start(name: str) -> subprocess.CompletedProcess[str]:
+        # W&B without a key, and where the key is not to be seen: neither in the output.
+        wandb = {"WANDB_PROJECT": "p", "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+        more = wandb if name == "pretrain_71m.sh" else {"PRECISION": "bf16"}
+        variables = {**SHRUNK, **more, "RUN_DIR": str(root / name), "LOG_ID": "first"}
+        return run_script(name, *methods[name].split(), cwd=root, **variables)
+
+    # As many at a time as there are cores, of two ranks each, as their imports take turns.
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(methods, pool.map(start, methods), strict=True))
+    for name, result in results.items():
+        assert result.returncode == 0, name + result.stdout[-3000:] + result.stderr[-3000:]
+    return {name: (root / name, result.stdout) for name, result in results.items()}
+
+
+SUMMARIES = {
+    "pretrain_71m.sh": "71m pre-prores-linear: ",
+    "pretrain_130m.sh": "130m sandwich-prores-linear_sqrt: ",
+    "pretrain_350m.sh": "350m lns-plain: ",
+    "pretrain_1b.sh": "1b post-prores-linear: ",
+    "pretrain_3b.sh": "3b scaled-plain: ",
+    "pretrain_7b.sh": "7b deepnorm-prores-stagewise_L: ",
+    "depth_study.sh-120": "depth_120 post-plain: ",
+    "schedule_ablation.sh-reverse": "schedule pre-prores-reverse: ",
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_every_script_trains_shrunk(
+    name: str, finished: dict[str, tuple[Path, str]], plans: dict[str, Any]
+) -> None:
+    run, output = finished[name]
+    assert output.startswith(SUMMARIES[name])
+    # Its defaults, that it was shrunk from, were read from the same script.
+    assert plan_of(name.replace("reverse", "linear")) in plans
+    assert "iteration        4/       4" in output
+    schedule = SUMMARIES[name].partition(" ")[2].rstrip(": ").partition("-prores-")[2]
+    assert (f"schedule {schedule}, warmup of 4 iterations over 4 layers" in output) == (
+        schedule != ""
+    )
+    placement = {"scaled": "pre"}.get(
+        word := SUMMARIES[name].split()[1].split("-")[0], word
+    ).rstrip(":")
+    assert re.search(rf"norm_placement \.+ {placement}\n", output)
+    assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "4"
+    first, last = ((run / f"logs/first/rank{rank}.log").read_text() for rank in (0, 1))
+    assert "after training is done" in first
+    assert "iteration        4/       4" in last
+    assert "iteration        4/       4" not in first
+    assert list((run / "tensorboard").iterdir())
+
+
+def offline_runs(run: Path) -> list[str]:
+    return [folder.name for folder in (run / "wandb").glob("offline-run-*")]
+
+
+def test_no_key_in_any_output_or_file(finished: dict[str, tuple[Path, str]]) -> None:
+    run, output = finished["pretrain_71m.sh"]
+    assert KEY not in output
+    assert not [
+        file for file in run.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()
+    ]
+
+
+def test_a_second_start_resumes_the_wandb_run_and_a_signal_saves(
+    finished: dict[str, tuple[Path, str]], tmp_path: Path
+) -> None:
+    run, _ = finished["pretrain_71m.sh"]
+    variables = {**SHRUNK, "RUN_DIR": str(run), "WANDB_PROJECT": "p", "WANDB_MODE": "offline"}
+    again = run_script("pretrain_71m.sh", **variables)
+    assert again.returncode == 0
+    assert again.stdout == (
+        f"71m pre-prores-linear is finished: iteration 4 of 4 is in {run}/checkpoints\n"
+    )
+
+    variables |= {"TRAIN_ITERS": "100000", "SAVE_INTERVAL": "100000", "EVAL_INTERVAL": "100000"}
+    variables |= {"LOG_ID": "second"}
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        script = subprocess.Popen(
+            # The learning rate's schedule has grown with TRAIN_ITERS.
+            [
+                *("bash", str(REPOSITORY / "examples/pretrain_71m.sh")),
+                "--override-opt_param-scheduler",
+            ],
+            env=user_environment(**variables),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not re.search(r"iteration +[6-9]/  100000", output.read_text()):
+            assert script.poll() is None, output.read_text()[-3000:]
+            assert time.monotonic() < deadline, output.read_text()[-3000:]
+            time.sleep(0.1)
+    finally:
+        script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == 75
+    text = output.read_text()
+    assert "resuming at iteration 4 of 100000" in text
+    assert not re.search(r"iteration +[1-4]/  100000", text)
+    saved = int((run / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 6
+    assert f"iteration {saved} is saved" in text
+    identity = (run / "wandb_run_id").read_text()
+    folders = offline_runs(run)
+    assert len(folders) == 2
+    assert all(folder.endswith(f"-{identity}") for folder in folders)
+    # The logs of the first start are as they were.
+    assert "iteration        4/       4" in (run / "logs/first/rank1.log").read_text()
