@@ -83,12 +83,18 @@ if [[ $selection == gpu ]] &&
   exit 2
 fi
 
-tests=() # none: those that pyproject.toml names, or the paths among the arguments
-[[ $selection != quick ]] || tests=(tests/unit)
-[[ $selection != gpu ]] || tests=(tests/gpu)
+# What pyproject.toml names, or the paths among the arguments, if there is no other selection. A file
+# per worker at a time, as its tests share what they set up. The first files take longest: their order
+# stays. The tests wait more than they compute, so that a worker per core does not crowd them.
+cores=$(nproc)
+selected=(--numprocesses $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder)
+case $selection in
+  quick) selected+=(tests/unit) ;;
+  gpu) selected=(tests/gpu) ;; # its runs share one GPU, several at a time as it is
+esac
 # pytest ends with each skipped test's reason (-ra) and its closing line. It exits with 5 when there
 # was no test to run: a failure as well.
-step pytest "$PYTHON" -m pytest -ra --durations=15 "${tests[@]}" "$@"
+step pytest "$PYTHON" -m pytest -ra --durations=15 "${selected[@]}" "$@"
 
 printf '\n'
 printf '[tests] %s\n' "${summary[@]}"

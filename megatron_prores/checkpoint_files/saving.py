@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from megatron_prores.errors import StopRun
 
 REMOTE = "msc://"
 """Megatron's multi-storage paths; not files of this machine, so neither verified nor hashed."""
+
+_TRACKER_SECONDS = 30.0
+"""How long the last rank waits for rank 0's tracker file; file servers show it to others late."""
 
 
 def write_together(directory: Path) -> None:
@@ -113,6 +117,40 @@ def report_failure(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
             # Only this rank knows, and only the first one's words are shown.
             print(f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
         raise StopRun(message) from error
+
+
+def tell_wandb(stock: Callable[..., Any], named: dict[str, Any]) -> None:
+    """Around Megatron's note of a checkpoint in W&B, an artifact that holds the tracker file.
+
+    The last rank makes it while rank 0 writes that file: without waiting, the first checkpoint of a
+    run may end it because the file is not there, and a later note may name the checkpoint before.
+    A checkpoint is saved whether or not W&B takes note of it, so a failure does not end the run.
+    """
+    from megatron.training.global_vars import get_wandb_writer
+
+    if not get_wandb_writer():
+        return
+    tracker, iteration = str(named["tracker_filename"]), named["iteration"]
+    if not tracker.startswith(REMOTE):
+        deadline = time.monotonic() + _TRACKER_SECONDS
+        while not _is_tracked(Path(tracker), iteration) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    try:
+        stock()
+    except Exception as error:
+        print(
+            f"warning: W&B has not taken note of the checkpoint of iteration {iteration}, which is "
+            f"saved: {safe_load.describe(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_tracked(tracker: Path, iteration: int) -> bool:
+    try:
+        return tracker.read_text().strip() == str(iteration)
+    except OSError:
+        return False
 
 
 def _kept(root: Path) -> str:

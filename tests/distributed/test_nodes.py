@@ -108,6 +108,18 @@ def test_a_node_whose_rank_fails_ends_the_other(failing: int, tmp_path: Path) ->
     assert not is_alive(tmp_path, 1 - failing)
 
 
+def test_a_signal_after_the_ranks_have_failed_does_not_hide_their_code(tmp_path: Path) -> None:
+    # As srun's, which ends all nodes with the first that fails.
+    fails = "echo $BASHPID >rank$RANK.pid; sleep 5; exit 9"
+    with launchers(tmp_path, fails, WAITS) as started:
+        wait_for_ranks(tmp_path)
+        while is_alive(tmp_path, 0):
+            time.sleep(0.05)
+        time.sleep(1)  # node 0 now waits for what node 1 has to say
+        os.kill(started[0].process.pid, signal.SIGTERM)
+        assert started[0].end() == (9, [])
+
+
 @pytest.mark.parametrize(
     ("frozen", "words"),
     [(1, r"node 1 \(.*\) has not been heard of for \d+ s"), (0, r"node 0 \(.*\) has not been")],

@@ -247,6 +247,22 @@ def test_one_node(docker: Docker) -> None:
         assert absent not in line
 
 
+NOT_IN_THE_CONTAINER = {"PYTHON"}  # says where something is on this machine
+
+
+def test_every_setting_of_the_launcher_goes_on_to_the_container(docker: Docker) -> None:
+    table = (REPOSITORY / "docs/launch.md").read_text().partition("## Variables")[2]
+    named = {
+        name
+        for cell in re.findall(r"^\| (`.*?) \|", table.partition("## Layouts")[0], flags=re.M)
+        for name in re.findall(r"`([A-Z_]+)`", cell)
+    } - NOT_IN_THE_CONTAINER
+    assert len(named) > 30
+    settings = dict.fromkeys(named, "1") | {"NODE_RANK": "0", "DATA_DIR": ".", "RUN_DIR": "."}
+    line, _ = docker.called("true", **settings)
+    assert {name for name in named if f"--env {name} " not in line} == set()
+
+
 def test_more_nodes(docker: Docker) -> None:
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node1"}
     line, variables = docker.called("examples/pretrain_1b.sh", **nodes)

@@ -40,6 +40,12 @@ SCRIPTS = {
     "saves.sh": "trap 'exit 75' TERM USR1; sleep 600 & wait",
     "deaf.sh": "trap '' USR1; sleep 600",
     "fails.sh": "exit 1",
+    # Node 0 ends first, but the reason is node 1's.
+    "wrong_on_one_node.sh": """
+        [[ $SLURM_NODEID != 0 ]] || exit 1
+        trap 'exit 2' TERM
+        sleep 600 & wait
+    """,
     "fails_with_checkpoints.sh": """
         echo " successfully saved checkpoint from iteration 5 to somewhere"
         exit $((${SLURM_RESTART_COUNT:-0} < 2))
@@ -137,6 +143,11 @@ class Scenes:
             )
         )
         self.failing = begin(finished(f"{FILE} scenes/fails.sh", "failing", MAX_RESTARTS="1"))
+        self.wrong_on_one_node = begin(
+            finished(
+                f"sbatch -N 2 {FILE.removeprefix('sbatch ')} scenes/wrong_on_one_node.sh", "one"
+            )
+        )
         self.progressing = begin(
             finished(f"{FILE} scenes/fails_with_checkpoints.sh", "progressing", MAX_RESTARTS="0")
         )
@@ -163,7 +174,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenes]:
     for name, text in SCRIPTS.items():
         (clone / "scenes" / name).write_text(f"set -u\n{text}\n")
     # The cluster goes first: then nobody waits for its jobs any longer.
-    with ThreadPoolExecutor(20) as pool, Cluster(nodes=14) as cluster:
+    with ThreadPoolExecutor(20) as pool, Cluster(nodes=16) as cluster:
         yield Scenes(cluster, clone, pool)
 
 
@@ -241,6 +252,16 @@ def test_a_wrong_flag_fails_the_job_with_its_line(scenes: Scenes) -> None:
     ), job.output()[-5000:]
     assert re.search(r"^error: --prores-warmup-iters", job.output(), flags=re.MULTILINE)
     assert "slurm: failed with code 2, not queued again" in job.output()
+
+
+@needs_slurm
+def test_a_wrong_input_on_one_node_counts_before_what_it_does_to_the_others(scenes: Scenes) -> None:
+    job: Job = scenes.wrong_on_one_node.result()
+    output = job.output()
+    codes = re.findall(r"^slurm: node (\d) \(\S+\) ended with code (\d+)$", output, re.MULTILINE)
+    assert codes == [("0", "1"), ("1", "2")], output
+    assert "slurm: failed with code 2, not queued again" in output
+    assert (job.finish()["JobState"], job.finish()["Restarts"]) == ("FAILED", "0")
 
 
 @needs_slurm
