@@ -1,0 +1,86 @@
+"""Checkpoints and W&B, offline: the note of a checkpoint never costs the run that has saved it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_job
+from tests.distributed.test_lifecycle import MODEL, at, tracked
+
+ITERATIONS = 4
+
+
+def write_the_tracker_late() -> None:
+    """Rank 0 of two writes the tracker file long after the last rank would read it."""
+    stock = os.replace
+
+    def slow_replace(source: Any, target: Any) -> None:
+        if Path(target).name == "latest_checkpointed_iteration.txt":
+            time.sleep(1.5)
+        stock(source, target)
+
+    os.replace = slow_replace
+
+
+def tell_what_is_noted() -> None:
+    """The last rank prints what the tracker file holds when it is added to an artifact."""
+    import wandb
+
+    stock = wandb.Artifact.add_file
+
+    def add_file(artifact: Any, local_path: str, *args: Any, **kwargs: Any) -> Any:
+        entry = stock(artifact, local_path, *args, **kwargs)
+        print(f"NOTED {artifact.metadata['iteration']}: {Path(local_path).read_text()}")
+        return entry
+
+    wandb.Artifact.add_file = add_file
+
+
+def late_and_told() -> None:
+    write_the_tracker_late()
+    tell_what_is_noted()
+
+
+def refuse_artifacts() -> None:
+    """A fault: W&B's service does not answer."""
+    import wandb
+
+    def add_reference(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no route to host")
+
+    wandb.Artifact.add_reference = add_reference
+
+
+def flags(directory: Path) -> list[str]:
+    return [
+        *MODEL,
+        *("--train-iters", str(ITERATIONS), *at(directory / "saved", 2)),
+        *("--wandb-project", "test", "--wandb-exp-name", "test"),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["", "--async-save --use-persistent-ckpt-worker "
+                                      "--async-strategy mcore"])  # fmt: skip
+def test_a_note_names_the_checkpoint_that_was_just_saved(mode: str, tmp_path: Path) -> None:
+    argv = [*flags(tmp_path), *mode.split()]
+    job = run_job(tmp_path, argv, ranks=2, prepare=late_and_told)
+    assert job.succeeded, job.output[-3000:]
+    noted = [line for line in job.output.splitlines() if line.startswith("NOTED")]
+    assert noted == ["NOTED 2: 2", "NOTED 4: 4"]
+    assert "warning: W&B" not in job.output
+    assert tracked(tmp_path / "saved") == ITERATIONS
+
+
+def test_a_note_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    job = run_job(tmp_path, flags(tmp_path), ranks=2, prepare=refuse_artifacts)
+    assert job.succeeded, job.output[-3000:]
+    for iteration in (2, 4):
+        words = f"W&B has not taken note of the checkpoint of iteration {iteration}, which is saved"
+        assert f"warning: {words}: " in job.output
+    assert "no route to host" in job.output
+    assert tracked(tmp_path / "saved") == ITERATIONS
