@@ -57,8 +57,8 @@ def install() -> None:
     _wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)
     _wrap(checkpointing, "_load_base_checkpoint", ("load_dir", "args", "rank0"), _load)
     _wrap(training, "save_checkpoint", ("iteration",), saving.report_failure)
-    needs = ("tracker_filename", "iteration")
-    _wrap(wandb_utils, "on_save_checkpoint_success", needs, saving.tell_wandb)
+    noted = ("tracker_filename", "iteration")
+    _wrap(wandb_utils, "on_save_checkpoint_success", noted, saving.tell_wandb)
     _wrap(training, "maybe_finalize_async_save", (), saving.report_failure)
 
 

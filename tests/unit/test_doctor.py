@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_prores.doctor import fabric, gpus, machine, main, packages
+from megatron_prores.doctor import fabric, gpus, machine, main, packages, probe
 from megatron_prores.doctor.finding import MISSING, NOTE, OK, Finding, Where, examine
 from megatron_prores.doctor.main import NEEDS, SECTIONS, lacking
 
@@ -94,7 +94,7 @@ def test_a_broken_torch_and_a_broken_transformer_engine_are_told_without_a_trace
     ],
 )
 def test_an_import_may_fail_in_any_way(code: str, version: str | None, words: str) -> None:
-    answer = packages.Probe(code).answer()
+    answer = probe.Probe(code).answer()
     assert answer[0] == version
     assert words in answer[1]
 
