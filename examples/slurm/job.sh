@@ -159,7 +159,8 @@ finish() {
     exit "$code"
   fi
   # Cancelled by its user; or it lost a node or its place, and Slurm queues it again by itself.
-  if [[ $(field_of JobState job "$(this_job)") != RUNNING ]]; then
+  # SIGNALING: still running, and the signal that it has answered is still on its way elsewhere.
+  if [[ ! $(field_of JobState job "$(this_job)") =~ ^(RUNNING|SIGNALING)$ ]]; then
     say "ended with code $code, as Slurm ends the job"
     exit "$code"
   fi

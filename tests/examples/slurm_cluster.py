@@ -30,6 +30,9 @@ NODE_TIMEOUT = 10
 REQUEUE_DELAY = 11
 """Seconds until a job that was queued again may start: cred_expire and one; by default 121."""
 
+GOES_ON = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
+"""The states of a job that has not ended for good; SIGNALING while a signal is on its way to it."""
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
 CONFIGURATION = """
@@ -226,8 +229,7 @@ class Cluster:
 
     def wait_for(self, job: str, seconds: float) -> dict[str, str]:
         """Waits until a job has ended for good, and gives what Slurm knows of it."""
-        running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        eventually(f"end of job {job}", lambda: self.job(job)["JobState"] not in running, seconds)
+        eventually(f"end of job {job}", lambda: self.job(job)["JobState"] not in GOES_ON, seconds)
         return self.job(job)
 
     def nodes_of(self, job: str) -> list[str]:
@@ -237,6 +239,10 @@ class Cluster:
     def ranks_of(self, job: str, rank: int) -> list[int]:
         """Finds the processes of one rank of a job's run: torchrun gives them their RANK."""
         return sorted(_processes(self.root, f"SLURM_JOB_ID={job}", f"RANK={rank}"))
+
+    def first_of(self, pids: list[int]) -> list[int]:
+        """Leaves out those that others of them have started; numbers tell nothing, they wrap."""
+        return [pid for pid in pids if int(_status(pid, "PPid")) not in pids]
 
     def _all_of(self, node: str) -> list[int]:
         """Finds a node's slurmd, the processes of its jobs, and the slurmstepds above them."""

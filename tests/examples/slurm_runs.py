@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_prores.plot import read_scalars
 from tests.examples.clone import environment
-from tests.examples.slurm_cluster import Cluster, eventually
+from tests.examples.slurm_cluster import GOES_ON, Cluster, eventually
 
 LAST = 60
 """Iterations of a whole run."""
@@ -96,7 +96,7 @@ class Job:
             if re.search(pattern, output, flags=re.MULTILINE):
                 return True
             state = self.cluster.job(self.number)["JobState"]
-            assert state in ("PENDING", "RUNNING", "COMPLETING"), self.output()[-5000:]
+            assert state in GOES_ON, f"{state}: {self.output()[-5000:]}"
             return False
 
         try:
@@ -169,7 +169,8 @@ def _send(number: signal.Signals, pids: list[int]) -> None:
 def kill_a_rank(job: Job) -> float:
     """Kills rank 1 of a run; gives the seconds until the job has ended on all nodes."""
     job.wait_for_iteration(15, start=0)
-    os.kill(job.cluster.ranks_of(job.number, 1)[0], signal.SIGKILL)
+    (rank,) = job.cluster.first_of(job.cluster.ranks_of(job.number, 1))
+    os.kill(rank, signal.SIGKILL)
     return _seconds_to_the_end(job)
 
 
@@ -183,6 +184,8 @@ def lose_a_node(job: Job, lose: Callable[[str], None]) -> tuple[str, float]:
 def _seconds_to_the_end(job: Job) -> float:
     start = time.monotonic()
     eventually(
-        "end of this start", lambda: job.cluster.job(job.number)["JobState"] != "RUNNING", PATIENCE
+        "end of this start",
+        lambda: job.cluster.job(job.number)["JobState"] not in ("RUNNING", "SIGNALING"),
+        PATIENCE,
     )
     return time.monotonic() - start

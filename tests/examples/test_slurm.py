@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -342,6 +344,38 @@ def test_commands_of_containers(scenes: Scenes) -> None:
     assert f"{node} {script}" in pyxis
     assert f"{node} apptainer exec --nv --bind {clone}:{clone} --pwd {clone} " in apptainer
     assert f"{clone}/prores.sif {script}" in apptainer
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("RUNNING", "slurm: ended with code 75 (saved), queued again"),
+        # The job has answered the signal before Slurm has delivered it everywhere.
+        ("SIGNALING", "slurm: ended with code 75 (saved), queued again"),
+        ("CANCELLED", "slurm: ended with code 75, as Slurm ends the job"),
+    ],
+)
+def test_a_saved_job_is_queued_again_unless_slurm_ends_it(
+    state: str, words: str, tmp_path: Path
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=7 JobState={state} A=b"\n')
+    scontrol.chmod(0o755)
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        subprocess.run(
+            ["bash", "-c", "source examples/slurm/job.sh; MAX_RESTARTS=3; finish 75"],
+            cwd=REPOSITORY,
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "PRORES_HOME": ".",
+                "SLURM_JOB_ID": "7",
+            },
+            stdout=output,
+            stderr=output,
+            timeout=30,
+        )
+    assert words in log.read_text()
 
 
 @pytest.mark.parametrize(
