@@ -140,6 +140,9 @@ default_port() {
   [[ -z ${SLURM_JOB_ID:-} ]] && echo 29500 || echo $((15000 + SLURM_JOB_ID % 15000))
 }
 
+# The host of node 0, inside of Slurm.
+first_host() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
+
 default_log_id() {
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     echo "$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}"
@@ -182,7 +185,7 @@ find_nodes() {
     return
   fi
   if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(first_host)
   fi
   [[ -n ${MASTER_ADDR:-} ]] ||
     fail "NNODES=$NNODES needs MASTER_ADDR: the name or address of node 0, on all nodes"

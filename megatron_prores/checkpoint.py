@@ -20,6 +20,7 @@ from megatron_prores.checkpoint_files.saving import REMOTE
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.custom_schedule import FILE, is_custom
 from megatron_prores.errors import UserError
+from megatron_prores.flags.limits import flag_of
 
 _WARMUP_FLAGS = ("prores_warmup_iters", "prores_warmup_iters_per_layer", "prores_warmup_samples")
 
@@ -195,7 +196,7 @@ def _check_learning_rate(args: Any, saved: SavedRun) -> None:
     for name in ("train_iters", "train_samples", "lr", "min_lr"):
         there, here = getattr(saved.args, name, None), getattr(args, name)
         if there is not None and here is not None and there != here:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UserError(
                 f"{saved.directory} was trained with {flag} {there}, this run has {here}: give the "
                 "same, --override-opt-param-scheduler to follow the schedule of this command line, "
@@ -224,7 +225,7 @@ def _check_optimizer_layout(args: Any, saved: SavedRun) -> None:
         there, here = getattr(saved.args, name, None), getattr(args, name, None)
         # Validation fills in what the command line leaves out: only what is given is compared.
         if there is not None and here is not None and there != here:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise UserError(
                 f"{saved.directory} holds the optimizer as {flag} {there} lays it out, and this "
                 f"run has {here}: give the same; or --no-load-optim to start the optimizer anew; "

@@ -33,10 +33,9 @@ NNODES=${NNODES:-${SLURM_NNODES:-1}}
 
 set -euo pipefail
 
-fail() {
-  printf 'error: %s\n' "$*" >&2
-  exit 2
-}
+# fail, first_host, default_port
+# shellcheck source=examples/launcher.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launcher.sh"
 
 dry_run=no
 if [[ ${1:-} == --dry-run ]]; then
@@ -56,8 +55,8 @@ if ((NNODES > 1)); then
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
     # The container has no scontrol.
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-    MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
+    MASTER_ADDR=${MASTER_ADDR:-$(first_host)}
+    MASTER_PORT=${MASTER_PORT:-$(default_port)}
   fi
   [[ ${NODE_RANK:-} =~ ^[0-9]+$ && ${NODE_RANK:-} -lt $NNODES ]] ||
     fail "NODE_RANK=${NODE_RANK:-}: with NNODES=$NNODES give this node's number, from 0 to $((NNODES - 1))"

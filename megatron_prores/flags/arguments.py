@@ -26,6 +26,16 @@ from megatron_prores.schedule import SCHEDULES
 DEVICES = ("cuda", "cpu")
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that there is none of.
+
+    Raises:
+        UserError: Names those that there are.
+    """
+    if device not in DEVICES:
+        raise UserError(f"--device {device}: choose one of {', '.join(DEVICES)}")
+
+
 def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the group "ProRes" to a parser, as Megatron's ``extra_args_provider``."""
     group = parser.add_argument_group(
@@ -154,8 +164,7 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
         raise UserError(
             "--yaml-cfg cannot be used with pretrain_gpt_prores.py: give the options as flags"
         )
-    if args.device not in DEVICES:
-        raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
+    check_device(args.device)
     config = prores_config(args)
     if args.num_layers is not None and args.num_layers >= 1:
         config.check_layers(args.num_layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.custom_schedule import is_custom
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.flags.arguments import DEVICES
+from megatron_prores.flags.arguments import check_device
 from megatron_prores.fp8_study.recipes import BF16, RECIPES
 from megatron_prores.fp8_study.run import Spec
 from megatron_prores.placement import PLACEMENTS
@@ -162,8 +162,7 @@ def read_options(argv: Sequence[str]) -> Options:
         UserError: A value is wrong.
     """
     args = _parser().parse_args(argv)
-    if args.device not in DEVICES:
-        raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
+    check_device(args.device)
     chosen = {}
     for name, known, _ in _LISTS:
         chosen[name] = tuple(dict.fromkeys(getattr(args, name).split(",")))

@@ -24,6 +24,7 @@ from megatron_prores.errors import EXIT_INTERRUPTED, UserError
 from megatron_prores.run import async_writer
 from megatron_prores.run.save_lock import SaveLock
 from megatron_prores.upstream import _wrap
+from megatron_prores.whole_file import written_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems and launchers send before they end a job."""
@@ -195,18 +196,8 @@ class WholeTracker:
     def _open(stock: Callable[..., Any], path: Any, mode: str = "r", **kwargs: Any) -> Any:
         tracker = Path(str(path)).name == "latest_checkpointed_iteration.txt"
         if mode == "w" and tracker and not str(path).startswith(_REMOTE):
-            return _written_whole(Path(path))
+            return written_whole(Path(path))
         return stock(path, mode, **kwargs)
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Any]:
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("w") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def installed(args: Any) -> contextlib.AbstractContextManager[None]:

@@ -10,20 +10,18 @@ import json
 import os
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
 from megatron_prores.layer import ProResTransformerLayer, _scaled_bias_dropout_add
 from megatron_prores.specs import prores_layer_spec
+from tests.distributed.layers import BATCH, HIDDEN, SEQUENCE, causal_mask, transformer_config
 
-SEQUENCE, BATCH, HIDDEN = 16, 2, 32
 CHANGES = 50
 
 
@@ -32,21 +30,11 @@ def build_layers() -> list[ProResTransformerLayer]:
     parallel_state.initialize_model_parallel()
     # Its generators are none, where the usual tracker's are the GPU's.
     initialize_rng_tracker(inference_rng_tracker=True)
-    config = TransformerConfig(
+    config = transformer_config(
         num_layers=2,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         bias_dropout_fusion=True,
         use_cpu_initialization=True,
         attention_backend=AttnBackend.fused,
-        transformer_impl="local",
     )
     spec = prores_layer_spec(GPTModelConfig(transformer=config, vocab_size=128))
     return [build_module(spec, config=config, layer_number=number) for number in (1, 2)]
@@ -70,7 +58,7 @@ def kernels_of_addition() -> int:
 def main() -> None:
     layers = build_layers()
     stream = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
-    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    mask = causal_mask()
 
     def forward() -> torch.Tensor:
         x = stream

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
@@ -21,6 +23,26 @@ def initialize() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
+def transformer_config(**more: Any) -> TransformerConfig:
+    """Describes small Llama-like layers of the local implementation; ``more`` counts over it."""
+    return TransformerConfig(
+        **{
+            "num_layers": 4,
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 4,
+            "add_bias_linear": False,
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "transformer_impl": "local",
+            **more,
+        }
+    )
+
+
 def build_layer(
     prores: bool,
     layer_number: int = 2,
@@ -31,22 +53,12 @@ def build_layer(
     **config: object,
 ) -> torch.nn.Module:
     """Builds one layer of a 4-layer model, its weights from the same seed every time."""
-    transformer = TransformerConfig(
-        num_layers=4,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
+    transformer = transformer_config(
         hidden_dropout=dropout,
-        attention_dropout=0.0,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         num_moe_experts=experts,
         moe_ffn_hidden_size=32 if experts else None,
-        transformer_impl="local",
         **config,
     )
     model = GPTModelConfig(transformer=transformer, vocab_size=128)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_prores.benchmark.command_line import add_size_flags, check_counts, given_size
 from megatron_prores.benchmark.model import LAPTOP, Size, implementation_flags, llama_flags
 from megatron_prores.errors import Parser, UserError, split_at_dashes
-from megatron_prores.flags.arguments import DEVICES
+from megatron_prores.flags.arguments import check_device
 from megatron_prores.placement import PLACEMENTS
 
 SIZES = {"laptop": LAPTOP}
@@ -58,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", default="laptop", help=f"one of {', '.join(SIZES)}; default: laptop"
     )
-    for field in fields(Size):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, metavar="N", help="default: that of --size")
+    add_size_flags(parser, "default: that of --size")
     every = ",".join((*PLACEMENTS, ATTENTION))
     parser.add_argument(
         "--placements",
@@ -95,15 +94,11 @@ def read_options(argv: Sequence[str]) -> Options:
     """
     own, megatron = split_at_dashes(argv)
     args = _parser().parse_args(own)
-    if args.device not in DEVICES:
-        raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
+    check_device(args.device)
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}: choose one of {', '.join(SIZES)}")
-    given = {field.name: getattr(args, field.name) for field in fields(Size)}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in {**given, "repetitions": args.repetitions, "threads": args.threads}.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    given = given_size(args)
+    check_counts({**given, "repetitions": args.repetitions, "threads": args.threads})
     comparisons = tuple(dict.fromkeys(args.placements.split(",")))
     for name in comparisons:
         if name not in (*PLACEMENTS, ATTENTION):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_prores.benchmark.command_line import add_size_flags, check_counts, given_size
 from megatron_prores.benchmark.model import PUBLISHED, Size
 from megatron_prores.errors import Parser, UserError, split_at_dashes
-from megatron_prores.flags.arguments import DEVICES
+from megatron_prores.flags.arguments import check_device
+from megatron_prores.flags.limits import flag_of
 
 BF16, FP8 = PRECISIONS = ("bf16", "fp8")
 
@@ -143,9 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take as many layers as fit in so much memory; default: that of the GPU",
     )
     add("--sequences", type=int, default=SEQUENCES, metavar="N", help="of a step; default: 32")
-    for field in fields(Size):
-        flag = f"--{field.name.replace('_', '-')}"
-        add(flag, type=int, metavar="N", help="of every size; default: the published one's")
+    add_size_flags(parser, "of every size; default: the published one's")
     add("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     add(
         "--output",
@@ -172,8 +172,7 @@ def read_options(argv: Sequence[str]) -> Options:
     """
     own, megatron = split_at_dashes(argv)
     args = _parser().parse_args(own)
-    if args.device not in DEVICES:
-        raise UserError(f"--device {args.device}: choose one of {', '.join(DEVICES)}")
+    check_device(args.device)
     precisions = args.precisions or ",".join(PRECISIONS if args.device == "cuda" else (BF16,))
     chosen = {
         "--sizes": _chosen("--sizes", args.sizes, tuple(PUBLISHED)),
@@ -183,9 +182,10 @@ def read_options(argv: Sequence[str]) -> Options:
         raise UserError(f"--precisions {precisions}: FP8 cannot be used with --device cpu")
     if args.fp8_recipe not in FP8_FORMATS:
         raise UserError(f"--fp8-recipe {args.fp8_recipe}: choose one of {', '.join(FP8_FORMATS)}")
-    shape = {field.name: getattr(args, field.name) for field in fields(Size)}
-    shape = {name: value for name, value in shape.items() if value is not None}
-    _check_numbers(args, [*shape, "rounds", "sequences", "threads"])
+    shape = given_size(args)
+    counts = {"rounds": args.rounds, "sequences": args.sequences, "threads": args.threads}
+    check_counts({**shape, **counts})
+    _check_numbers(args)
     sizes = {name: replace(PUBLISHED[name], **shape) for name in chosen["--sizes"]}
     for size in sizes.values():
         if args.sequences % size.micro_batch_size:
@@ -199,7 +199,7 @@ def read_options(argv: Sequence[str]) -> Options:
     return Options(
         device=args.device,
         sizes=sizes,
-        changes=tuple(f"--{name.replace('_', '-')} {value}" for name, value in shape.items()),
+        changes=tuple(f"{flag_of(name)} {value}" for name, value in shape.items()),
         precisions=chosen["--precisions"],
         precisions_given=args.precisions is not None,
         fp8_recipe=args.fp8_recipe,
@@ -224,13 +224,9 @@ def _chosen(flag: str, value: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _check_numbers(args: argparse.Namespace, whole: list[str]) -> None:
-    for name in whole:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("time_budget_minutes", "block_seconds", "peak_tflops", "memory_gib"):
         value = getattr(args, name)
         # Also true of nan.
         if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+            raise UserError(f"{flag_of(name)} {value}: must be a number above 0")

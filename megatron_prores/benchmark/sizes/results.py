@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_prores.errors import UserError
+from megatron_prores.whole_file import written_whole
 
 FORMAT = 1
 
@@ -60,12 +60,8 @@ class Results:
 def write(path: Path, text: str) -> None:
     """Writes a file as a whole: whoever reads it sees what was there before, or all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("w") as file:
+    with written_whole(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
