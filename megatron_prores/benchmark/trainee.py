@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import socket
 import sys
 import time
 from functools import partial
@@ -34,6 +33,7 @@ from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.flags.arguments import parse_args
 from megatron_prores.gpt import Batch, forward_step
+from megatron_prores.run.network import be_the_only_rank
 from megatron_prores.specs import prores_layer_spec
 from megatron_prores.warmup import ResidualWarmup
 
@@ -61,11 +61,7 @@ def start_megatron(device: str, argv: list[str]) -> argparse.Namespace:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the benchmark is a program of one process: start it without torchrun")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    be_the_only_rank()
     upstream.use_prebuilt_dataset_helpers()
     program, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.custom_schedule import is_custom
 from megatron_prores.fp8_study.recipes import RECIPES, Recipe
+from megatron_prores.run.network import be_the_only_rank
 
 MAIN_PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_gpt_prores.py"
 
@@ -87,7 +86,7 @@ def train(spec: Spec, directory: Path) -> dict[str, Any]:
         return config
 
     training.model_config = model_config
-    _be_the_only_rank()
+    be_the_only_rank()
     tensorboard = directory / "tensorboard"
     sys.argv = [str(MAIN_PROGRAM), *spec.argv(tensorboard)]
     try:
@@ -106,11 +105,3 @@ def train(spec: Spec, directory: Path) -> dict[str, Any]:
         "columns": list(COLUMNS),
         "gradients": recorder.rows(),
     }
-
-
-def _be_the_only_rank() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

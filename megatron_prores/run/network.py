@@ -1,7 +1,8 @@
-"""The network interface by which the nodes of a job reach each other."""
+"""By which interface the nodes of a job reach each other; and a job of one process."""
 
 from __future__ import annotations
 
+import os
 import socket
 
 import psutil  # type: ignore[import-untyped]
@@ -29,3 +30,12 @@ def interface_to(address: str, port: int) -> str | None:
         if here in {each.address for each in addresses}:
             return None if name == "lo" else name
     return None
+
+
+def be_the_only_rank() -> None:
+    """Makes this process a job of its own, as torchrun would: rank 0 of 1, on a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

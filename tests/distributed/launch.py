@@ -7,15 +7,17 @@ environment and a process group of its own, and runs the real main program or a 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,28 @@ class Job:
         return {step: dict(sorted(held.items())) for step, held in merged.items()}
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _own_ports() -> Iterator[int]:
+    """Lists the ports of this pytest worker, over and over, from a random one on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first, count = 3000 + 1500 * (worker % 8), 1500
+    start = random.randrange(count)
+    return itertools.cycle(first + (start + number) % count for number in range(count))
+
+
+_ports = _own_ports()
+
+
+def free_port() -> int:
+    """Gives a port that nothing listens on, for a process that is yet to start.
+
+    Until that one listens, nobody else may take the port. So it is not one of those that the system
+    gives to outgoing connections, nor one that another worker of these tests may be given.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(
@@ -134,7 +154,7 @@ def start_ranks(
 ) -> list[Any]:
     """Starts ``function(*args)`` in each of ``ranks`` processes, and gives the processes."""
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes = [
         _context.Process(
             target=_rank_main, args=(rank, ranks, port, str(directory), function, args)

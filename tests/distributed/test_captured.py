@@ -20,14 +20,14 @@ import pytest
 from tests.distributed import capture
 from tests.distributed.compiled_layer import CHANGES
 from tests.distributed.conftest import MODEL, Text
-from tests.distributed.launch import REPOSITORY, Job, _free_port, run_job
+from tests.distributed.launch import REPOSITORY, Job, free_port, run_job
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_nothing_is_compiled_again_when_alpha_changes() -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(

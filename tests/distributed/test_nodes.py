@@ -19,7 +19,7 @@ import pytest
 from megatron_prores import launch
 from megatron_prores.errors import run_program
 from megatron_prores.run import nodes
-from tests.distributed.launch import start_ranks
+from tests.distributed.launch import free_port, start_ranks
 
 HOST = socket.gethostname()
 
@@ -55,10 +55,7 @@ def launchers(
     port: int | None = None,
 ) -> Iterator[list[Launcher]]:
     """Starts a launcher per node, each with one rank that runs a line of shell."""
-    if port is None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+    port = port or free_port()
     started = []
     for start, (node, rank) in enumerate(zip(numbers, ranks, strict=True)):
         argv = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_prores.placement import PLACEMENTS
 from tests import golden
-from tests.distributed.launch import REPOSITORY, _free_port, run_job
+from tests.distributed.launch import REPOSITORY, free_port, run_job
 
 try:
     # After torch, which brings the libraries that Transformer Engine links to.
@@ -31,7 +31,7 @@ FUSED, PLAIN = "TELayerNormColumnParallelLinear", "TEColumnParallelLinear"
 
 def run_te(*words: str, ranks: int = 1) -> list[str]:
     """Runs a function of te_ranks in fresh processes; gives what each rank printed."""
-    port = str(_free_port())
+    port = str(free_port())
     environment = os.environ | {
         "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
         "PYTHONWARNINGS": "ignore",

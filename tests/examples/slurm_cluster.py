@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -79,14 +78,6 @@ def missing() -> str | None:
 
 def _find(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def eventually(what: str, happened: Callable[[], object], seconds: float) -> None:
@@ -155,7 +146,10 @@ class Cluster:
         for number in range(8):
             (self.root / f"gpu{number}").symlink_to("/dev/null")
         (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-7]\n")
-        controller_port, *ports = _free_ports(1 + len(self.nodes))
+        # Not for the reaper, which runs this file without the project around it.
+        from tests.distributed.launch import free_port
+
+        controller_port, *ports = (free_port() for _ in range(1 + len(self.nodes)))
         nodes = "\n".join(
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"
             " CPUs=4 Gres=gpu:8"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tests.distributed.launch import REPOSITORY, Job, _free_port, _read
+from tests.distributed.launch import REPOSITORY, Job, _read, free_port
 
 AT_A_TIME = 6
 
@@ -60,7 +60,7 @@ def run_on_gpu(directory: Path, argv: list[str], environment: Mapping[str, str])
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         **environment,
     }
     argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests import golden
-from tests.distributed.launch import REPOSITORY, _free_port
+from tests.distributed.launch import REPOSITORY, free_port
 
 META = golden.load_json("meta.json")
 
@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.golden_cases", str(directory)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
