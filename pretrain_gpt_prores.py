@@ -34,7 +34,11 @@ def main() -> None:
     from megatron_prores.checkpoint_files import guard
     from megatron_prores.data import index_cache
     from megatron_prores.flags.advice import advice
-    from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron_prores.gpt import (
+        embedding_ranks,
+        forward_step,
+        train_valid_test_datasets_provider,
+    )
     from megatron_prores.monitor import close_tensorboard
     from megatron_prores.run import lifecycle
     from megatron_prores.training import model_config
@@ -52,7 +56,11 @@ def main() -> None:
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     with lifecycle.installed(args):
         pretrain(
-            config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step
+            config,
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=embedding_ranks,
         )
     close_tensorboard()
 

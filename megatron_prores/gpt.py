@@ -1,14 +1,15 @@
-"""What Megatron's training program asks of a GPT run: its data, its forward step, its loss.
+"""What Megatron's training program asks of a GPT run: data, forward step, loss, embedding ranks.
 
-``megatron.training.pretrain`` takes these three as functions; upstream keeps its own in a script
-outside of the wheel (pretrain_gpt.py). Nothing here knows of ProRes.
+``megatron.training.pretrain`` takes these as functions; upstream keeps its own in a script outside
+of the wheel (pretrain_gpt.py). Nothing here knows of ProRes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
@@ -61,11 +63,42 @@ def _needs_batch(args: Any, vp_stage: int | None) -> bool:
 
 def _has_mtp(args: Any, vp_stage: int | None) -> bool:
     return mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
+        layout=_layout(args),
         mtp_num_layers=args.mtp_num_layers,
         ignore_virtual=False,
         vp_stage=vp_stage,
     )
+
+
+def _layout(args: Any) -> PipelineParallelLayerLayout | None:
+    """Return the layout of ``--pipeline-model-parallel-layout``, which the arguments hold as text."""
+    text = args.pipeline_model_parallel_layout
+    return None if text is None else _parse_layout(text, args.pipeline_model_parallel_size)
+
+
+@cache
+def _parse_layout(text: str, pipeline_size: int) -> PipelineParallelLayerLayout:
+    return PipelineParallelLayerLayout(text, pipeline_size)
+
+
+def embedding_ranks(pipeline: list[int]) -> list[int]:
+    """Return the ranks of a pipeline that hold a copy of the word embedding, for ``pretrain``.
+
+    Megatron adds up the gradients of the copies. They are on the first stage, on the last one where
+    the output head is tied to the embedding, and wherever a multi-token prediction layer embeds the
+    next tokens. Megatron's default leaves out a prediction layer on a stage in the middle.
+
+    Args:
+        pipeline: Global ranks of one pipeline, first stage first.
+    """
+    args = get_args()
+    ranks = {pipeline[0]}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pipeline[-1])
+    placed = SimpleNamespace(
+        mtp_num_layers=args.mtp_num_layers, pipeline_model_parallel_layout=_layout(args)
+    )
+    return sorted(ranks.union(get_mtp_ranks(pipeline, placed)))
 
 
 def get_batch(data_iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:

@@ -1,13 +1,17 @@
-"""Where ProRes has nothing to do, it does nothing: the run is stock Megatron's, bit for bit."""
+"""Where ProRes has nothing to do, it does nothing: the run is NVIDIA's own, to the last digit."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.conftest import MODEL, OPTIMIZER, SAVED_AT, Text, loading
 from tests.distributed.launch import Job, run_job
+from tests.golden import load_json
 
 STOCK = Path(__file__).with_name("stock_pretrain.py")
 
@@ -16,10 +20,108 @@ LAYOUTS = {
     "TP2 x PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()),
 }
 
+CASES: dict[str, dict[str, Any]] = load_json("stock.json")["cases"]
+"""What NVIDIA's own pretrain_gpt.py printed, by case: ranks, flags, and its figures."""
+
+# The model from NVIDIA's script, which has neither our initial weights nor our attention.
+AS_STOCK = """
+    --device cpu --prores-schedule none --branch-init scaled --embedding-init-method-std 0.02
+    --embedding-weight-decay --attention-backend unfused
+""".split()
+
+PRINTED = {
+    "loss": r"\| lm loss: (\S+)",
+    "grad_norm": r"\| grad norm: (\S+)",
+    "mtp_loss": r"\| mtp_1 loss: (\S+)",
+    "validation_loss": r"lm loss value: (\S+)",
+}
+"""Figure -> where a run prints it."""
+
+TOLERANCE = 1e-5
+
+# The flags that say where a model's layers are; what is left is the model, its data and training.
+LAYOUT_FLAGS = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--pipeline-model-parallel-layout",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+    "--decoder-first-pipeline-num-layers",
+    "--decoder-last-pipeline-num-layers",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+)
+
+WARMUP = "--device cpu --prores-schedule linear --prores-warmup-iters 16".split()
+
 
 def scalars(job: Job) -> list[dict[int, float]]:
     assert job.succeeded, job.output[-3000:]
     return [job.scalars(tag) for tag in ("lm loss", "grad-norm", "lm loss validation")]
+
+
+def printed(job: Job) -> dict[str, list[float]]:
+    """Reads the figures of a run from what it printed, as its user sees them."""
+    assert job.succeeded, job.output[-3000:]
+    return {
+        figure: [float(value) for value in re.findall(pattern, job.output)]
+        for figure, pattern in PRINTED.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prints_what_nvidias_own_program_prints(case: str, tmp_path: Path) -> None:
+    stock = CASES[case]
+    ours = printed(run_job(tmp_path, [*stock["flags"], *AS_STOCK], stock["ranks"]))
+    # Gradient norms are printed with three decimals.
+    assert ours.pop("grad_norm") == pytest.approx(stock["grad_norm"], rel=TOLERANCE, abs=1e-3)
+    assert ours == {
+        figure: pytest.approx(stock[figure], rel=TOLERANCE) for figure in PRINTED if figure in ours
+    }
+    assert ours["loss"]
+
+
+def without_layout(flags: list[str]) -> list[str]:
+    model = list(flags)
+    for flag in LAYOUT_FLAGS:
+        if flag in model:
+            at = model.index(flag)
+            del model[at : at + 2]
+    return model
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], tuple[Path, Job]]:
+    """Trains a model with ``linear`` on one rank: its checkpoint on the way, and the whole run."""
+    made: dict[tuple[str, ...], tuple[Path, Job]] = {}
+
+    def train(model: list[str]) -> tuple[Path, Job]:
+        if (key := tuple(model)) not in made:
+            root = tmp_path_factory.mktemp("one_rank")
+            saving = ["--save", str(root / "saved"), "--save-interval", str(SAVED_AT)]
+            exit_early = [*saving, "--exit-interval", str(SAVED_AT)]
+            saved = run_job(root / "save", [*model, *WARMUP, *OPTIMIZER, *exit_early])
+            assert saved.succeeded, saved.output[-3000:]
+            load = ["--load", str(root / "saved")]
+            made[key] = root / "saved", run_job(root / "go on", [*model, *WARMUP, *load])
+        return made[key]
+
+    return train
+
+
+@pytest.mark.parametrize("case", [name for name, stock in CASES.items() if stock["ranks"] > 1])
+def test_linear_on_the_layout_of_a_case_is_linear_on_one_rank(
+    case: str, one_rank: Callable[[list[str]], tuple[Path, Job]], tmp_path: Path
+) -> None:
+    stock = CASES[case]
+    # One vocabulary for all layouts: else Megatron pads it to 128 times the tensor-parallel size.
+    flags = [*stock["flags"], *OPTIMIZER, "--make-vocab-size-divisible-by", "64"]
+    saved, alone = one_rank(without_layout(flags))
+    job = run_job(tmp_path, [*flags, *WARMUP, "--load", str(saved)], stock["ranks"])
+    assert job.alphas_by_step() == alone.alphas_by_step()
+    assert [set(held) for held in job.alphas_by_step().values()][0] == {1, 2, 3, 4}
+    for ours, theirs in zip(scalars(job), scalars(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
