@@ -71,7 +71,7 @@ def _has_mtp(args: Any, vp_stage: int | None) -> bool:
 
 
 def _layout(args: Any) -> PipelineParallelLayerLayout | None:
-    """Return the layout of ``--pipeline-model-parallel-layout``, which the arguments hold as text."""
+    """Return the layout of ``--pipeline-model-parallel-layout``: the arguments hold its text."""
     text = args.pipeline_model_parallel_layout
     return None if text is None else _parse_layout(text, args.pipeline_model_parallel_size)
 

@@ -17,12 +17,15 @@ from megatron_prores import init, upstream
 from megatron_prores.audit import audit
 from megatron_prores.config import ProResConfig
 from megatron_prores.monitor import log_alphas
+from megatron_prores.replacement import undo
 from megatron_prores.specs import prores_layer_spec
 from megatron_prores.warmup import ResidualWarmup
 
 
 def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConfig:
     """Builds the model's configuration from Megatron's arguments, and installs what ProRes needs.
+
+    What an earlier call has installed for another configuration is taken back.
 
     Args:
         args: Megatron's validated arguments.
@@ -43,6 +46,8 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
     # A tied embedding is the output head as well, which decays.
     if args.untie_embeddings_and_output_weights and not prores.embedding_weight_decay:
         upstream.spare_embedding_weight_decay()
+    else:
+        undo(upstream.spare_embedding_weight_decay)
     if prores.needs_own_layer:
         config.transformer_layer_spec = partial(
             prores_layer_spec, norm_placement=prores.norm_placement
@@ -51,6 +56,8 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         run = ProResRun(prores, config.num_layers)
         config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
         upstream.call_around_steps(run.before_forward, run.after_logging)
+    else:
+        undo(upstream.call_around_steps)
     return config
 
 

@@ -1,47 +1,21 @@
-"""The run-time replacements: the only places where a function of Megatron is exchanged.
+"""Run-time replacements that a run of ProRes needs, where Megatron offers no seam.
 
-Written against megatron-core 0.19.2, which offers no seam for them: its training loop calls nothing
-of the user's between "the iteration is known" and "the forward pass of the step starts" that would
-also run when a captured CUDA graph is replayed. Every replacement checks the signature that it
-relies on and refuses to run against an upstream that has moved.
+Written against megatron-core 0.19.2: its training loop calls nothing of the user's between "the
+iteration is known" and "the forward pass of the step starts" that would also run when a captured
+CUDA graph is replayed.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import multiprocessing
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-import megatron.core
 import torch
 
+from megatron_prores.replacement import wrap
+
 StepHook = Callable[[int], None]
-
-
-def _wrap(
-    owner: ModuleType | type, name: str, needs: tuple[str, ...], wrapper: Callable[..., Any]
-) -> None:
-    """Replaces ``owner.name`` by ``wrapper(stock call, arguments by name)``."""
-    stock = getattr(owner, name, None)
-    parameters = inspect.signature(stock).parameters if stock is not None else {}
-    missing = [parameter for parameter in needs if parameter not in parameters]
-    if stock is None or missing:
-        raise RuntimeError(
-            f"megatron-core {megatron.core.__version__} has moved: {owner.__name__}.{name} "
-            f"{'has no parameter ' + ', '.join(missing) if missing else 'is gone'}. "
-            "megatron_prores/upstream.py was written against 0.19.2."
-        )
-    signature = inspect.signature(stock)
-
-    @functools.wraps(stock)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        named = signature.bind(*args, **kwargs).arguments
-        return wrapper(functools.partial(stock, *args, **kwargs), named)
-
-    setattr(owner, name, replacement)
 
 
 def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None:
@@ -73,9 +47,9 @@ def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None
         after_logging(named["iteration"])
         return result
 
-    _wrap(training, "train_step", ("iteration",), train_step)
-    _wrap(training, "evaluate_and_print_results", ("iteration",), evaluate)
-    _wrap(training, "training_log", ("iteration",), training_log)
+    wrap(training, "train_step", ("iteration",), train_step)
+    wrap(training, "evaluate_and_print_results", ("iteration",), evaluate)
+    wrap(training, "training_log", ("iteration",), training_log)
 
 
 def spare_embedding_weight_decay() -> None:
@@ -90,7 +64,7 @@ def spare_embedding_weight_decay() -> None:
         config, overrides = stock()
         return config, {**overrides, ParamKey(name="*word_embeddings.weight"): {"wd_mult": 0.0}}
 
-    _wrap(training, "get_megatron_optimizer_config", (), optimizer_config)
+    wrap(training, "get_megatron_optimizer_config", (), optimizer_config)
 
 
 def use_prebuilt_dataset_helpers() -> None:
@@ -105,7 +79,7 @@ def use_prebuilt_dataset_helpers() -> None:
         import megatron.core.datasets.helpers_cpp  # noqa: F401
     except ImportError:
         return
-    _wrap(utils, "compile_helpers", (), lambda stock, named: None)
+    wrap(utils, "compile_helpers", (), lambda stock, named: None)
 
 
 def let_torch_adam_resume() -> None:
@@ -153,9 +127,9 @@ def let_torch_adam_resume() -> None:
             state["step"] = torch.tensor(float(max(counts))) if counts else state["step"].clone()
         return result
 
-    _wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict)
-    _wrap(owner, "_set_main_param_and_optimizer_states", ("self", "tensors"), set_states)
-    _wrap(owner, "load_state_dict", ("self",), load_state_dict)
+    wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict)
+    wrap(owner, "_set_main_param_and_optimizer_states", ("self", "tensors"), set_states)
+    wrap(owner, "load_state_dict", ("self",), load_state_dict)
 
 
 def fork_data_workers() -> None:

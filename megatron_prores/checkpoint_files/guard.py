@@ -32,6 +32,7 @@ from megatron_prores.checkpoint_files.reader import (
 from megatron_prores.checkpoint_files.saving import REMOTE, cause_of
 from megatron_prores.checkpoint_files.verify import newest_intact, surface_damage
 from megatron_prores.errors import UserError
+from megatron_prores.replacement import wrap
 
 _SLOWEST_READ = 100e6
 """Bytes per second; how long the other ranks wait at most for the one that looks for an intact
@@ -48,18 +49,16 @@ def install() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import checkpointing, training, wandb_utils
 
-    from megatron_prores.upstream import _wrap
-
     safe_load.install()
     te_state.install()
     needs = ("checkpoint_dir", "async_sharded_save", "verify_integrity")
-    _wrap(dist_checkpointing, "save", needs, saving.save)
-    _wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)
-    _wrap(checkpointing, "_load_base_checkpoint", ("load_dir", "args", "rank0"), _load)
-    _wrap(training, "save_checkpoint", ("iteration",), saving.report_failure)
+    wrap(dist_checkpointing, "save", needs, saving.save)
+    wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)
+    wrap(checkpointing, "_load_base_checkpoint", ("load_dir", "args", "rank0"), _load)
+    wrap(training, "save_checkpoint", ("iteration",), saving.report_failure)
     noted = ("tracker_filename", "iteration")
-    _wrap(wandb_utils, "on_save_checkpoint_success", noted, saving.tell_wandb)
-    _wrap(training, "maybe_finalize_async_save", (), saving.report_failure)
+    wrap(wandb_utils, "on_save_checkpoint_success", noted, saving.tell_wandb)
+    wrap(training, "maybe_finalize_async_save", (), saving.report_failure)
 
 
 def check_paths(args: Any) -> None:

@@ -28,6 +28,7 @@ from megatron_prores.checkpoint_files import safe_load
 from megatron_prores.checkpoint_files.reader import INDEX
 from megatron_prores.checkpoint_files.saving import REMOTE
 from megatron_prores.environment import is_installed
+from megatron_prores.replacement import wrap
 
 _SUFFIX = "_extra_state"
 
@@ -97,9 +98,7 @@ def install() -> None:
     """
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-    from megatron_prores.upstream import _wrap
-
-    _wrap(TorchDistLoadShardedStrategy, "load", ("sharded_state_dict", "checkpoint_dir"), _load)
+    wrap(TorchDistLoadShardedStrategy, "load", ("sharded_state_dict", "checkpoint_dir"), _load)
     if is_installed("transformer_engine"):
         _read_states_safely()
 

@@ -36,12 +36,15 @@ def _expected_on_cpu(record: logging.LogRecord) -> bool:
 def install() -> None:
     """Adapts Megatron to the CPU device.
 
-    Must run after ``torch_device.install`` and before ``megatron.training`` is imported.
+    Must run after ``torch_device.install`` and before ``megatron.training`` is imported. A second
+    call does nothing.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.tensor_parallel import random
 
+    if random._get_cuda_rng_state is _get_rng_state:
+        return
     # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_prores.errors import UserError
+from megatron_prores.replacement import wrap
 
 
 def install() -> None:
@@ -19,10 +20,8 @@ def install() -> None:
     """
     from megatron.core.datasets import blended_dataset, gpt_dataset
 
-    from megatron_prores.upstream import _wrap
-
     for module in (gpt_dataset, blended_dataset):
-        _wrap(module, "safe_numpy_load", ("path", "kwargs"), _load)
+        wrap(module, "safe_numpy_load", ("path", "kwargs"), _load)
 
 
 def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from megatron_prores.environment import check_address
 from megatron_prores.errors import UserError
 from megatron_prores.flags.limits import check_shapes, flag_of
 from megatron_prores.flags.precision import check_fp8_shapes
+from megatron_prores.replacement import undone_afterwards, wrap
 
 _MODEL = (
     "num_layers",
@@ -62,8 +63,6 @@ def around_setup(
     """
     from megatron.training import arguments, global_vars
 
-    from megatron_prores.upstream import _wrap
-
     def set_global_variables(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         check_address(os.environ)
         check_shapes(named["args"])
@@ -84,13 +83,10 @@ def around_setup(
         _check_vocabulary(args, saved)
         return tokenizer
 
-    stock = arguments.set_global_variables, global_vars.build_tokenizer
-    _wrap(arguments, "set_global_variables", ("args",), set_global_variables)
-    _wrap(global_vars, "build_tokenizer", ("args",), build_tokenizer)
-    try:
+    with undone_afterwards():
+        wrap(arguments, "set_global_variables", ("args",), set_global_variables)
+        wrap(global_vars, "build_tokenizer", ("args",), build_tokenizer)
         yield
-    finally:
-        arguments.set_global_variables, global_vars.build_tokenizer = stock
 
 
 def _try_configuration(args: argparse.Namespace, words_of: Callable[[Exception], str]) -> None:

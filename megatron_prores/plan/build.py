@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.training import global_vars, training
+from megatron.training import global_vars
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_prores.audit import RankReport, table
@@ -23,7 +23,6 @@ from megatron_prores.plan.elsewhere import (
     ASSUMED_CAPABILITY,
     ASSUMED_TE,
     Notes,
-    replaced,
     target_machine,
 )
 from megatron_prores.plan.figures import (
@@ -49,6 +48,7 @@ from megatron_prores.plan.model import (
     local_config,
 )
 from megatron_prores.plan.result import TABLE_RANKS, Plan
+from megatron_prores.replacement import undone_afterwards
 from megatron_prores.timeline import timeline_of
 from megatron_prores.training import model_config
 
@@ -141,16 +141,10 @@ def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
 @contextmanager
 def _megatron_as_new() -> Iterator[None]:
     """Gives Megatron's globals a fresh start, and leaves them as if nothing had been planned."""
-    wrapped = (
-        "train_step",
-        "evaluate_and_print_results",
-        "training_log",
-        "get_megatron_optimizer_config",
-    )
     global_vars.unset_global_variables()
     try:
-        # model_config puts its hooks there; no run follows.
-        with replaced(training, **{name: getattr(training, name) for name in wrapped}):
+        # model_config wraps functions of the training loop; no run follows.
+        with undone_afterwards():
             yield
     finally:
         global_vars.unset_global_variables()

@@ -21,9 +21,9 @@ import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
+from megatron_prores.replacement import wrap
 from megatron_prores.run import async_writer
 from megatron_prores.run.save_lock import SaveLock
-from megatron_prores.upstream import _wrap
 from megatron_prores.whole_file import written_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -97,10 +97,11 @@ class Lifecycle:
         global_vars._GLOBAL_SIGNAL_HANDLER = self.signals.__enter__()
         data_samplers.DistributedSignalHandler = ExitSignals
         async_writer.install()
-        checkpointing.maybe_msc = WholeTracker(checkpointing.maybe_msc)
-        _wrap(training, "initialize_megatron", (), self._initialize)
-        _wrap(training, "load_checkpoint", (), self._load)
-        _wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
+        if not isinstance(checkpointing.maybe_msc, WholeTracker):
+            checkpointing.maybe_msc = WholeTracker(checkpointing.maybe_msc)
+        wrap(training, "initialize_megatron", (), self._initialize)
+        wrap(training, "load_checkpoint", (), self._load)
+        wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
 
     def _initialize(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         """Takes the lock as soon as the ranks can talk, before a model is built."""
@@ -246,7 +247,7 @@ def report_bad_numbers() -> None:
         return result
 
     needs = ("self", "result", "rejection_func", "message", "fatal")
-    _wrap(RerunStateMachine, "validate_result", needs, validate_result)
+    wrap(RerunStateMachine, "validate_result", needs, validate_result)
 
 
 def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:

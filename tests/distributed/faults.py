@@ -75,3 +75,16 @@ def nan_in_iteration_5() -> None:
 
     ProResRun.before_forward = note
     gpt.loss_func = bad
+
+
+def configure_twice() -> None:
+    """Calls ``model_config`` two times, as a program does that asks before it runs."""
+    from megatron_prores import training
+
+    stock = training.model_config
+
+    def model_config(args: object, prores: object) -> object:
+        stock(args, prores)  # type: ignore[arg-type]
+        return stock(args, prores)  # type: ignore[arg-type]
+
+    training.model_config = model_config  # type: ignore[assignment]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_prores.replacement import wrap
+
 RECORD = "PRORES_TEST_LOSSES"
 """Environment variable: the file that a rank with losses appends to."""
 
@@ -15,15 +17,13 @@ def record_losses() -> None:
     """Appends every step's loss, exactly, to the file that the environment names."""
     from megatron.training import training
 
-    from megatron_prores.upstream import _wrap
-
     def training_log(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         if loss := named["loss_dict"].get("lm loss"):
             with open(os.environ[RECORD], "a") as file:
                 file.write(f"{named['iteration']} {float(loss).hex()}\n")
         return stock()
 
-    _wrap(training, "training_log", ("loss_dict", "iteration"), training_log)
+    wrap(training, "training_log", ("loss_dict", "iteration"), training_log)
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:

@@ -146,3 +146,16 @@ def test_the_layout_test_sees_a_fault_that_no_audit_stops(
     job = run_job(tmp_path, argv, ranks=2, prepare=fault)  # type: ignore[arg-type]
     assert job.succeeded, job.output[-3000:]
     assert job.scalars("lm loss") != pytest.approx(on_one_rank.scalars("lm loss"), rel=TOLERANCE)
+
+
+def test_a_model_that_is_configured_twice_is_warmed_up_once(
+    text: Text, checkpoint: Path, on_one_rank: Job, tmp_path: Path
+) -> None:
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint)]
+    job = run_job(tmp_path, argv, prepare=faults.configure_twice)
+    assert_same_run(job, on_one_rank)
+    # The recorder writes a line each time that alpha is set.
+    alphas_set = [line for line in (tmp_path / "alphas0.jsonl").read_text().splitlines() if line]
+    assert len(alphas_set) == len(
+        (on_one_rank.directory / "alphas0.jsonl").read_text().splitlines()
+    )

