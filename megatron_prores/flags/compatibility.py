@@ -107,6 +107,36 @@ _NOT_WITH_OWN_NORMS: tuple[Rule, ...] = (
     ),
 )
 
+_DRAWN_BEFORE = (
+    "the float32 weights that it keeps are drawn before DeepNorm's gains are applied to them"
+)
+
+_NOT_WITH_DEEPNORM_GAINS: tuple[Rule, ...] = (
+    (
+        "--multi-latent-attention",
+        lambda a: a.multi_latent_attention,
+        "DeepNorm's gains are defined for separate query, key and value projections",
+    ),
+    (
+        "--experimental-attention-variant",
+        lambda a: a.experimental_attention_variant is not None,
+        "DeepNorm's gains are defined for softmax attention",
+    ),
+    (
+        "--attention-output-gate",
+        lambda a: a.attention_output_gate,
+        "DeepNorm has no gain for the projection of the gate",
+    ),
+    (
+        "--moe-latent-size",
+        lambda a: a.moe_latent_size is not None,
+        "DeepNorm has no gain for the projections into and out of the latent space",
+    ),
+    ("--fp8-param-gather", lambda a: a.fp8_param_gather, _DRAWN_BEFORE),
+    ("--fp4-param-gather", lambda a: a.fp4_param_gather, _DRAWN_BEFORE),
+)
+
+
 _NOT_WITH_OWN_INIT: tuple[Rule, ...] = (
     (
         "--init-method-xavier-uniform",
@@ -114,11 +144,6 @@ _NOT_WITH_OWN_INIT: tuple[Rule, ...] = (
         "both say how weights start",
     ),
     ("--use-mup", lambda a: a.use_mup, "both say how weights start"),
-    (
-        "--multi-latent-attention",
-        lambda a: a.multi_latent_attention and _initialization(a) == "deepnorm",
-        "DeepNorm's gains are defined for separate query, key and value projections",
-    ),
 )
 
 
@@ -190,13 +215,13 @@ def _check_placement_and_init(args: Any) -> None:
         _refuse(args, _NOT_WITH_NORM_BEHIND_THE_SUM, f"cannot be used with {named}")
     if not placement.is_stock:
         _refuse(args, _NOT_WITH_OWN_NORMS, f"cannot be used with {named}")
+    initialization = _initialization(args)
+    verdict = f"cannot be used with --branch-init {initialization}"
     if args.branch_init != "auto" or placement.deepnorm:
-        _refuse(
-            args,
-            _NOT_WITH_OWN_INIT,
-            f"cannot be used with --branch-init {_initialization(args)}",
-        )
-    if (placement.scaled_norms or _initialization(args) == "deepnorm") and (
+        _refuse(args, _NOT_WITH_OWN_INIT, verdict)
+    if initialization == "deepnorm":
+        _refuse(args, _NOT_WITH_DEEPNORM_GAINS, verdict)
+    if (placement.scaled_norms or initialization == "deepnorm") and (
         args.init_model_with_meta_device
     ):
         raise UserError(

@@ -18,7 +18,7 @@ from megatron_prores.audit import RankReport, table
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.flags.advice import advice
-from megatron_prores.flags.arguments import parse_args
+from megatron_prores.flags.arguments import parse_args, upstream_words
 from megatron_prores.plan.elsewhere import (
     ASSUMED_CAPABILITY,
     ASSUMED_TE,
@@ -135,7 +135,7 @@ def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
         if isinstance(error.__context__, ImportError):
             notes.add(f"not checked, for want of a package: {error}")
             return
-        raise UserError(f"Megatron refuses these flags: {error}") from error
+        raise UserError(upstream_words(error)) from error
 
 
 @contextmanager
