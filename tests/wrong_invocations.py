@@ -115,6 +115,14 @@ _PRORES = (
     Row("placement that has no place for it",
         f"{MOCK} --norm-placement post --bf16 --fp32-residual-connection",
         ("--fp32-residual-connection", "--norm-placement post")),
+    *(
+        Row(f"DeepNorm's gains and {flag.split()[0]}", f"{MOCK} --norm-placement deepnorm {flag}",
+            (f"{flag.split()[0]} cannot be used with --branch-init deepnorm",))
+        for flag in (
+            "--fp8-param-gather", "--fp4-param-gather", "--attention-output-gate",
+            "--moe-latent-size 8", "--experimental-attention-variant gated_delta_net",
+        )
+    ),
     Row("flag of ours, misspelt", f"{MOCK} --prores-shedule linear", ("--prores-shedule",)),
     Row("flag of ours, abbreviated", f"{MOCK} --prores-warmup 9", ("--prores-warmup",)),
     Row("flag without its value", f"{MOCK} --prores-warmup-iters",

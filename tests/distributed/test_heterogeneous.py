@@ -10,6 +10,7 @@ import pytest
 from tests.distributed.conftest import MODEL, OPTIMIZER, Text, loading, saving
 from tests.distributed.launch import Job, run_job
 from tests.distributed.test_layouts import TOLERANCE
+from tests.distributed.test_plan import planned
 
 LEFT_OUT: dict[str, object] = {"no_op": True}
 LINEAR: dict[str, object] = {"replace_with_linear": True}
@@ -68,6 +69,13 @@ def run(directory: Path, argv: list[str], ranks: int = 1) -> Job:
     return job
 
 
+def layer_map(job: Job) -> list[str]:
+    """Reads from a run's log which stage holds which layer."""
+    mark = "> ProRes: "
+    lines = [line for line in job.output.splitlines() if line.startswith(mark)]
+    return [line.removeprefix(mark) for line in lines[1:]]
+
+
 @pytest.mark.parametrize("placement", ["pre", "sandwich", "post", "lns"])
 def test_same_run_on_every_layout(placement: str, text: Text, tmp_path: Path) -> None:
     blocks = write_blocks(tmp_path, MIXED)
@@ -80,6 +88,8 @@ def test_same_run_on_every_layout(placement: str, text: Text, tmp_path: Path) ->
         argv = [*flags, *loading(tmp_path / "saved"), *layout.split()]
         job = run(tmp_path / name, argv, ranks=2)
         assert job.alphas_by_step() == alone.alphas_by_step()
+        plan = planned({name: (argv, 2)}, tmp_path / f"plan of {name}")[name]
+        assert plan["layer_map"].splitlines() == layer_map(job)
         for tag in ("lm loss", "grad-norm", "lm loss validation"):
             assert job.scalars(tag) == pytest.approx(alone.scalars(tag), rel=TOLERANCE), tag
 
@@ -133,6 +143,8 @@ def test_what_cannot_run_is_refused(complaint: str, text: Text, tmp_path: Path) 
     assert job.exit_codes == [2] * ranks
     assert complaint in job.output
     assert "Traceback" not in job.output
+    plan = planned({"plan": ([*argv, str(tmp_path / "blocks.json")], ranks)}, tmp_path / "plan")
+    assert complaint in plan["plan"]["error"]
     if "virtual" not in complaint:
         assert "the attention of layer 4 is a linear layer" in job.output
         run(tmp_path / "trained", [*argv, str(write_blocks(tmp_path, NO_LINEAR))], ranks)
