@@ -35,7 +35,7 @@ def prores_layer_spec(
     """Gives the spec of one model chunk, for ``GPTModelConfig.transformer_layer_spec``.
 
     It is whatever Megatron would take for the same flags (local or Transformer Engine, dense, MoE,
-    MLA, heterogeneous), each of its layers exchanged for the one with the residual hook, its norms
+    MLA), each of its layers exchanged for the one with the residual hook, its norms
     placed as asked, and the local attention exchanged for the fused one where
     ``--attention-backend`` says so.
 

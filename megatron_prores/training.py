@@ -35,7 +35,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
     """
     args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
-    if args.init_method_xavier_uniform or args.use_mup:
+    if args.use_mup:
         # The user has said how weights start with a flag of Megatron's own.
         prores = dataclasses.replace(prores, branch_init="scaled")
     init.configure(config.transformer, prores)

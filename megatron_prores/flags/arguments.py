@@ -214,7 +214,10 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         return parser
 
     # Once for our checks, which must come before upstream opens files and writers.
-    args = arguments.parse_args(provider)
+    try:
+        args = arguments.parse_args(provider)
+    except RuntimeError as error:  # --enable-msc without its package
+        raise UserError(_upstream_words(error)) from error
     check_paths(args)
     saved = checkpoint.find_saved_run(args)
     restored = checkpoint.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
@@ -226,7 +229,7 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     try:
         with preflight.around_setup(datasets, saved, _upstream_words):
             args = arguments.parse_and_validate_args(provider)
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(_upstream_words(error)) from error
     except SystemExit as error:
         # With exit code 0; rank 0 has printed why.
