@@ -13,17 +13,24 @@ from megatron_prores.errors import UserError
 _FLAG = "--heterogeneous-layers-config-path"
 
 
-def check(config: TransformerConfig, prores: ProResConfig) -> None:
+def check(config: TransformerConfig, prores: ProResConfig, encoded: str | None) -> None:
     """Refuses what fails when the model is built or run, in Megatron or in its initial weights.
 
     Args:
         config: The model's configuration.
         prores: Its ``initialization`` names the scheme of the initial weights.
+        encoded: The description of the layers in Megatron's arguments, if there is one.
 
     Raises:
         UserError: Names the flags, and what to use.
     """
     if not isinstance(config, HeterogeneousTransformerConfig):
+        # Taken from a checkpoint by --use-checkpoint-args, for instance.
+        if encoded:
+            raise UserError(
+                f"the model's layers differ (--heterogeneous-layers-config-encoded-json), and "
+                f"Megatron builds such layers only with {_FLAG}: give the file"
+            )
         return
     if config.virtual_pipeline_model_parallel_size is not None:
         # default_layer_spec does not pass the virtual stage on.

@@ -41,10 +41,11 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
     """
     args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
-    if args.init_method_xavier_uniform or args.use_mup:
+    if args.use_mup:
         # The user has said how weights start with a flag of Megatron's own.
         prores = dataclasses.replace(prores, branch_init="scaled")
-    heterogeneous.check(config.transformer, prores)
+    encoded = args.heterogeneous_layers_config_encoded_json
+    heterogeneous.check(config.transformer, prores, encoded)
     init.configure(config.transformer, prores)
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
     # A tied embedding is the output head as well, which decays.

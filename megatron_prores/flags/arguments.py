@@ -215,7 +215,10 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         return parser
 
     # Once for our checks, which must come before upstream opens files and writers.
-    args = arguments.parse_args(provider)
+    try:
+        args = arguments.parse_args(provider)
+    except RuntimeError as error:  # --enable-msc without its package
+        raise UserError(upstream_words(error)) from error
     check_paths(args)
     saved = checkpoint.find_saved_run(args)
     restored = checkpoint.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
@@ -227,7 +230,9 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     try:
         with preflight.around_setup(datasets, saved, upstream_words):
             args = arguments.parse_and_validate_args(provider)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UserError(upstream_words(error)) from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         if (path := args.heterogeneous_layers_config_path) is None:
             raise
         raise UserError(

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,7 +121,13 @@ def build_plan(
             memory=memory_of(args, held),
             curves=curves_of(prores, args.num_layers, openings, timeline),
             warnings=[
-                *advice(args, prores, seconds_per_step=seconds_per_step, time_limit=time_limit),
+                *advice(
+                    args,
+                    prores,
+                    argv=sys.argv[1:],
+                    seconds_per_step=seconds_per_step,
+                    time_limit=time_limit,
+                ),
                 *layout_warnings(args, groups, gpus_per_node),
             ],
             notes=list(notes),
