@@ -54,6 +54,28 @@ _NEVER: tuple[Rule, ...] = (
         lambda a: a.attention_backend.name == "local" and a.spec is None,
         "upstream's check of it needs --spec; use --attention-backend unfused",
     ),
+    (
+        "--recompute-modules mlp",
+        lambda a: (
+            (a.recompute_granularity == "selective" or a.recompute_activations)
+            and "mlp" in (a.recompute_modules or ())
+            and a.add_bias_linear
+        ),
+        "Megatron's backward pass never ends when it recomputes an MLP with biases; give "
+        "--disable-bias-linear, or --recompute-granularity full",
+    ),
+    (
+        "--mtp-num-layers with tied embeddings and --pipeline-model-parallel-size",
+        lambda a: (
+            bool(a.mtp_num_layers)
+            and not a.untie_embeddings_and_output_weights
+            and a.pipeline_model_parallel_size > 1
+            and "m" in (a.pipeline_model_parallel_layout or "m").split("|")[-1]
+        ),
+        "Megatron cannot save a last stage that has prediction layers and a tied output head; give "
+        "--untie-embeddings-and-output-weights, or --pipeline-model-parallel-layout with the "
+        "prediction layers on a stage before the last",
+    ),
 )
 
 # Paths of upstream that add the residual somewhere else than in the bias-dropout-add.
