@@ -47,6 +47,7 @@ def main() -> None:
     upstream.fork_data_workers()
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()
+    upstream.align_saved_optimizer_state()
     guard.install()
     index_cache.install()
     args, prores = parse_args(device_name)

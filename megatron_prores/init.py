@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,6 +70,23 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
                 _rescale_to_deepnorm(layer, layer.config)
 
 
+def mark_shards(chunks: list[Any]) -> None:
+    """Marks the offsets of ``--softmax-type learnable`` as shards, in place; upstream forgets it.
+
+    A rank has those of its heads. Unmarked they pass for copies, of which Megatron counts the first
+    rank's alone when it takes the norm of gradients, to clip them, and of parameters.
+
+    Args:
+        chunks: Model chunks just built by Megatron, not wrapped yet.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith(".softmax_offset"):
+                parameter.tensor_model_parallel = True
+                parameter.partition_dim = 0
+                parameter.partition_stride = 1
+
+
 def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
     """Yields the weights of the norms before the branches, fused into a linear or not."""
     for norm, branch in (
@@ -100,18 +118,21 @@ def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
     groups = config.num_query_groups or config.num_attention_heads
     key = channels * groups
 
-    def rescale(weight: Tensor, fan_in: int, fan_out: int, gain: float) -> None:
-        weight.mul_(gain * math.sqrt(2.0 / (fan_in + fan_out)) / config.init_method_std)
+    def factor(fan_in: int, fan_out: int, gain: float) -> float:
+        return gain * math.sqrt(2.0 / (fan_in + fan_out)) / config.init_method_std
 
     attention = layer.self_attention
     if isinstance(attention, SelfAttention):
-        # Rows of the fused projection [q + k + v, h]: per query group its queries, key and value.
-        heads_per_group = config.num_attention_heads // groups
-        qkv = attention.linear_qkv.weight.view(-1, heads_per_group + 2, channels, hidden)
-        rescale(qkv[:, :heads_per_group], hidden, query, 1.0)
-        rescale(qkv[:, heads_per_group], hidden, key, 1.0)
-        rescale(qkv[:, heads_per_group + 1], hidden, key, gain)
-        rescale(attention.linear_proj.weight, query, hidden, gain)
+        # Rows of the fused projection [q + k + v, h]: per query group its queries, key and value. A
+        # tensor-parallel rank holds an even share of the rows in this order; where there are fewer
+        # groups than ranks, no whole group.
+        of_group = [factor(hidden, query, 1.0)] * (query // groups)
+        of_group += [factor(hidden, key, 1.0)] * channels + [factor(hidden, key, gain)] * channels
+        qkv = attention.linear_qkv.weight
+        shares = len(of_group) * groups // qkv.size(0)
+        rows = qkv.new_tensor(of_group * groups).chunk(shares)[get_tensor_model_parallel_rank()]
+        qkv.mul_(rows.unsqueeze(-1))
+        attention.linear_proj.weight.mul_(factor(query, hidden, gain))
     elif not isinstance(attention, IdentityOp):
         raise UserError(
             f"--branch-init deepnorm: DeepNorm's gains are not defined for "
@@ -120,7 +141,7 @@ def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
     # Dense: one of each. Experts: linear_fc1.weight of each expert, or weight0, weight1, ...
     for name, weight in layer.mlp.named_parameters():
         if "linear_fc1.weight" in name or "linear_fc2.weight" in name:
-            rescale(weight, hidden, _ffn_size(layer, name), gain)
+            weight.mul_(factor(hidden, _ffn_size(layer, name), gain))
 
 
 def _ffn_size(layer: Any, name: str) -> int:

@@ -67,6 +67,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
 
 
 def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
+    init.mark_shards(model_chunks)
     init.finish(model_chunks, prores)
     return model_chunks
 

@@ -132,6 +132,38 @@ def let_torch_adam_resume() -> None:
     wrap(owner, "load_state_dict", ("self",), load_state_dict)
 
 
+def align_saved_optimizer_state() -> None:
+    """Lets ``--dist-ckpt-optim-fully-reshardable`` save each parameter's own optimizer state.
+
+    The distributed optimizer pads each bucket of its buffer. Before it saves, upstream leaves that
+    padding out, but still cuts the parameters from where they were with it: those behind the first
+    bucket are saved with their neighbours' state, and loading overwrites the weights with it too.
+    There are several buckets where an embedding is tied across pipeline stages, and with
+    ``--overlap-grad-reduce``.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def sharded_state(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        buffers = named["self"].buffers
+        padded = [buffer.param_index_map for buffer in buffers]
+        for buffer in buffers:
+            before, shifts = 0, {}
+            for bucket in buffer.buckets:
+                shifts[bucket.bucket_id] = before
+                before += bucket.grad_data.numel() - bucket.numel_unpadded
+            buffer.param_index_map = {
+                parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        try:
+            return stock()
+        finally:
+            for buffer, index_map in zip(buffers, padded, strict=True):
+                buffer.param_index_map = index_map
+
+    wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", ("self",), sharded_state)
+
+
 def fork_data_workers() -> None:
     """Starts processes by fork, as Megatron's data loaders and checkpoint writers take for granted.
 

@@ -271,9 +271,21 @@ _LAYOUT = (
         ("virtual",), ranks=2),
     Row("virtual stages without a pipeline", f"{MOCK} --num-layers-per-virtual-pipeline-stage 2",
         ("pipeline-model-parallel size",)),
+    Row("prediction layers beside a tied output head",
+        f"{MOCK} --pipeline-model-parallel-size 2 --mtp-num-layers 1 "
+        "--position-embedding-type rope --save {w}/new",
+        ("--mtp-num-layers", "--untie-embeddings-and-output-weights"), ranks=2),
+    Row("the same, in a layout",
+        f"{MOCK} --pipeline-model-parallel-size 2 --mtp-num-layers 1 "
+        "--position-embedding-type rope --pipeline-model-parallel-layout Ettt|tmL --save {w}/new",
+        ("--mtp-num-layers", "--pipeline-model-parallel-layout"), ranks=2),
     Row("layout with layers missing",
         f"{MOCK} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL",
         ("layer",), ranks=2),
+    Row("layout with a rank that has nothing",
+        f"{MOCK} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout E||ttttL "
+        "--save {{w}}/new",
+        ("E||ttttL", "rank 1 has nothing"), ranks=3),
     Row("uneven stages that do not add up",
         f"{MOCK} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3 "
         "--decoder-last-pipeline-num-layers 2",
@@ -287,6 +299,10 @@ _LAYOUT = (
     Row("query groups that do not divide",
         f"{MOCK} --group-query-attention --num-query-groups 3",
         ("--num-query-groups 3", "--num-attention-heads 4")),
+    Row("query groups that tensor ranks cannot share",
+        f"{MOCK} --hidden-size 66 --num-attention-heads 3 --group-query-attention "
+        "--num-query-groups 1 --kv-channels 8 --tensor-model-parallel-size 3",
+        ("--num-query-groups 1", "40 rows", "--tensor-model-parallel-size 3"), ranks=3),
     Row("sequence that does not divide",
         f"{MOCK} --seq-length 31 --tensor-model-parallel-size 2 --sequence-parallel",
         ("--seq-length 31", "--sequence-parallel"), ranks=2),
@@ -299,6 +315,9 @@ _LAYOUT = (
     Row("more experts per token than experts",
         f"{MOCK} --num-experts 2 --moe-router-topk 3 --moe-token-dispatcher-type allgather",
         ("--moe-router-topk 3",)),
+    Row("sequence parallelism and norms of queries and keys on the CPU",
+        f"{MOCK} --sequence-parallel --tensor-model-parallel-size 2 --qk-layernorm",
+        ("--sequence-parallel", "--qk-layernorm"), ranks=2),
     Row("sequence parallelism without ProRes on the CPU",
         f"{MOCK} --sequence-parallel --tensor-model-parallel-size 2 --prores-schedule none",
         ("--sequence-parallel", "--prores-schedule none"), ranks=2),
@@ -366,6 +385,9 @@ _TRAINING = (
     Row("a flag that is no more, which upstream ends with exit code 0",
         f"{MOCK} --checkpoint-activations", ("--checkpoint-activations",)),
     Row("a word too many", f"{MOCK} surplus", ("surplus",)),
+    Row("recomputing an MLP with biases, which upstream never ends",
+        f"{MOCK} --recompute-granularity selective --recompute-modules mlp",
+        ("--recompute-modules mlp", "--disable-bias-linear")),
 )  # fmt: skip
 
 _CHECKPOINT = (

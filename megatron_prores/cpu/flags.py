@@ -105,6 +105,11 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         lambda a: a.sequence_parallel and bool(a.mtp_num_layers),
         "Megatron's own local norms in the prediction layers refuse it",
     ),
+    (
+        "--sequence-parallel with --qk-layernorm",
+        lambda a: a.sequence_parallel and a.qk_layernorm,
+        "Megatron's own local norms of queries and keys refuse it",
+    ),
 )
 
 

@@ -11,7 +11,7 @@ from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 from megatron_prores.flags.arguments import prores_config
 from megatron_prores.flags.limits import check_numbers, check_split, check_training
-from megatron_prores.flags.never import NEVER
+from megatron_prores.flags.never import FAILS_IN_MEGATRON, NEVER
 from megatron_prores.flags.precision import check_fp8_hardware, check_graphs
 from megatron_prores.flags.preflight import check_checkpoint_is_there, check_directories
 from megatron_prores.flags.resiliency import check_resiliency
@@ -37,7 +37,7 @@ def check_flags(args: Any) -> None:
         UserError: Names the flag, and why.
     """
     prores = prores_config(args)
-    _refuse(args, NEVER, "cannot be used with pretrain_gpt_prores.py")
+    _refuse(args, (*NEVER, *FAILS_IN_MEGATRON), "cannot be used with pretrain_gpt_prores.py")
     if prores.needs_own_layer:
         verdict = (
             f"cannot be used with --prores-schedule other than {OFF}"

@@ -163,12 +163,27 @@ def check_shapes(args: Any) -> None:
             "--num-query-groups",
             args.num_query_groups,
         )
+    _check_shared_groups(args)
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         raise UserError(
             f"--moe-router-topk {args.moe_router_topk}: there are only --num-experts "
             f"{args.num_experts}"
         )
     _check_virtual_stages(args)
+    _check_layout(args)
+
+
+def _check_shared_groups(args: Any) -> None:
+    """Refuses query groups that tensor-parallel ranks cannot share: they share it row by row."""
+    ranks = args.tensor_model_parallel_size
+    if not args.group_query_attention or args.num_query_groups >= ranks:
+        return
+    rows = (args.num_attention_heads + 2 * args.num_query_groups) * args.kv_channels
+    if rows % ranks:
+        raise UserError(
+            f"--num-query-groups {args.num_query_groups}: queries, keys and values are {rows} rows "
+            f"together, which do not divide by --tensor-model-parallel-size {ranks}"
+        )
 
 
 def _check_virtual_stages(args: Any) -> None:
@@ -188,6 +203,23 @@ def _check_virtual_stages(args: Any) -> None:
             f"--num-layers {args.num_layers} does not divide into --pipeline-model-parallel-size "
             f"{ranks} times --num-virtual-stages-per-pipeline-rank {stages} virtual stages"
         )
+
+
+def _check_layout(args: Any) -> None:
+    """Refuses checkpoints where a pipeline rank has no weights: it can load none."""
+    if args.pipeline_model_parallel_layout is None or not (args.save or args.load):
+        return
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    layout = str(args.pipeline_model_parallel_layout)
+    stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    ranks = args.pipeline_model_parallel_size
+    for rank in range(ranks):
+        if not any(stages[rank::ranks]):
+            raise UserError(
+                f"--pipeline-model-parallel-layout {layout}: pipeline rank {rank} has nothing; "
+                "Megatron cannot load a checkpoint there"
+            )
 
 
 def _refuse_division(flag: str, value: int, by: str, divisor: int) -> None:

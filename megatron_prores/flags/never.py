@@ -100,6 +100,32 @@ _NO_MORE: tuple[Rule, ...] = (
     ),
 )
 
+FAILS_IN_MEGATRON: tuple[Rule, ...] = (
+    (
+        "--recompute-modules mlp",
+        lambda a: (
+            (a.recompute_granularity == "selective" or a.recompute_activations)
+            and "mlp" in (a.recompute_modules or ())
+            and a.add_bias_linear
+        ),
+        "Megatron's backward pass never ends when it recomputes an MLP with biases; give "
+        "--disable-bias-linear, or --recompute-granularity full",
+    ),
+    (
+        "--save with --mtp-num-layers, tied embeddings and --pipeline-model-parallel-size",
+        lambda a: (
+            bool(a.save and a.mtp_num_layers)
+            and not a.untie_embeddings_and_output_weights
+            and a.pipeline_model_parallel_size > 1
+            and "m" in (a.pipeline_model_parallel_layout or "m").split("|")[-1]
+        ),
+        "Megatron cannot save a last stage that has prediction layers and a tied output head; give "
+        "--untie-embeddings-and-output-weights, or --pipeline-model-parallel-layout with the "
+        "prediction layers on a stage before the last",
+    ),
+)
+"""Combinations that Megatron 0.19 hangs at, or cannot save."""
+
 # This main program pretrains GPT models on packed text; upstream's has more modes.
 _OTHER_PROGRAMS: tuple[Rule, ...] = (
     ("--sft", is_true("sft"), "this program pretrains; finetuning is not part of it"),
@@ -226,5 +252,10 @@ _UNTRIED: tuple[Rule, ...] = (
     ),
 )
 
-NEVER = (*_DROPPED_BY_MEGATRON, *_NO_MORE, *_OTHER_PROGRAMS, *_UNTRIED)
+NEVER = (
+    *_DROPPED_BY_MEGATRON,
+    *_NO_MORE,
+    *_OTHER_PROGRAMS,
+    *_UNTRIED,
+)
 """Refused in every run."""

@@ -69,6 +69,7 @@ def around_setup(
         check_fp8_shapes(named["args"])
         _try_configuration(named["args"], words_of)
         _check_model(named["args"], saved)
+        _check_experts_optimizer(named["args"], saved)
         return stock()
 
     def build_tokenizer(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
@@ -145,6 +146,31 @@ def _check_model(args: argparse.Namespace, saved: SavedRun | None) -> None:
 
 
 _STRICT = ("assume_ok_unexpected", "log_unexpected", "raise_unexpected", "raise_all")
+
+
+def _check_experts_optimizer(args: argparse.Namespace, saved: SavedRun | None) -> None:
+    """Refuses optimizer state that Megatron keeps apart for experts on the one side only."""
+    if saved is None or args.no_load_optim or args.finetune or args.skip_train:
+        return
+    there, here = _experts_have_own_optimizer(saved.args), _experts_have_own_optimizer(args)
+    if there == here or getattr(saved.args, "no_save_optim", None):
+        return
+    kinds = {True: "experts have an optimizer of their own", False: "one optimizer has all weights"}
+    raise UserError(
+        f"{saved.directory}: {kinds[there]} there, {kinds[here]} here, and Megatron cannot "
+        "translate. They have their own with --expert-model-parallel-size above 1, and with an "
+        "--expert-tensor-parallel-size other than --tensor-model-parallel-size: keep to one kind, "
+        "or give --no-load-optim"
+    )
+
+
+def _experts_have_own_optimizer(args: argparse.Namespace) -> bool:
+    """Tells whether experts' weights are reduced over other ranks than the rest of the model's."""
+    tensor = args.tensor_model_parallel_size
+    of_experts = getattr(args, "expert_tensor_parallel_size", None) or tensor
+    return getattr(args, "num_experts", None) is not None and (
+        args.expert_model_parallel_size > 1 or of_experts != tensor
+    )
 
 
 def _check_vocabulary(args: argparse.Namespace, saved: SavedRun | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_prores.checkpoint import SavedRun, _check_optimizer_layout
 from megatron_prores.errors import UserError
+from megatron_prores.flags.preflight import _check_experts_optimizer
 
 
 def run_of(**changes: Any) -> SimpleNamespace:
@@ -60,3 +61,33 @@ def test_the_layout_that_a_checkpoint_brings_is_not_compared() -> None:
     check({"tensor_model_parallel_size": 2}, brought)
     with pytest.raises(UserError, match="--transformer-impl"):
         check({"transformer_impl": "transformer_engine"}, brought)
+
+
+EXPERTS_APART = [{"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 2}]
+
+
+def check_experts(there: dict[str, Any], here: dict[str, Any]) -> None:
+    experts = {"num_experts": 4, "expert_model_parallel_size": 1, "finetune": False}
+    saved: Any = SavedRun("saved/iter_0000004", 4, run_of(**experts | there))
+    args: Any = run_of(**experts | here)
+    _check_experts_optimizer(args, saved)
+
+
+@pytest.mark.parametrize("apart", EXPERTS_APART)
+def test_the_optimizer_of_experts_is_not_made_out_of_another_or_turned_back(
+    apart: dict[str, Any],
+) -> None:
+    for there, here in (({}, apart), (apart, {})):
+        with pytest.raises(UserError, match="--expert-model-parallel-size"):
+            check_experts(there, here)
+        for without in ("no_load_optim", "skip_train", "finetune"):
+            check_experts(there, here | {without: True})
+        check_experts(there | {"no_save_optim": True}, here)
+
+
+def test_the_optimizer_of_experts_goes_to_any_layout_of_its_kind() -> None:
+    for there in EXPERTS_APART:
+        for here in EXPERTS_APART:
+            check_experts(there, here)
+    check_experts({}, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2})
+    check_experts({"num_experts": None}, {"num_experts": None, "expert_model_parallel_size": 1})
