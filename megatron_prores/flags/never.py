@@ -132,12 +132,7 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
         is_true("ckpt_convert_format"),
         "this program trains; it does not convert checkpoints",
     ),
-    (
-        "--hybrid-layer-pattern",
-        is_true("hybrid_layer_pattern"),
-        "hybrid models are not supported yet",
-    ),
-    # Upstream's validation makes the pattern above of these, and takes the layers from it.
+    # Upstream's validation makes --hybrid-layer-pattern of these, and takes the layers from it.
     (
         "--hybrid-override-pattern",
         is_true("hybrid_override_pattern"),
@@ -157,7 +152,8 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
     (
         "--dataloader-inter-document-masking",
         is_true("dataloader_inter_document_masking"),
-        "packed sequences with boundaries are not supported yet; use --reset-attention-mask",
+        "packed sequences with boundaries are not supported yet; use --reset-attention-mask with "
+        "--transformer-impl local",
     ),
     (
         "--dataloader-type external",

@@ -86,6 +86,14 @@ NOT_WITH_CHANGED_INPUT_NORM: tuple[Rule, ...] = (
 )
 """For placements without a norm before the branch, or with weights of their own in it."""
 
+NOT_WITH_SCALED_NORMS: tuple[Rule, ...] = (
+    (
+        "--apply-layernorm-1p",
+        is_true("layernorm_zero_centered_gamma"),
+        "its norms add 1 to their weights, which start at 1/sqrt(l) here",
+    ),
+)
+
 NOT_WITH_OWN_NORMS: tuple[Rule, ...] = (
     (
         "--mtp-num-layers",
@@ -113,5 +121,25 @@ NOT_WITH_DEEPNORM_INIT: tuple[Rule, ...] = (
         "--experimental-attention-variant",
         is_true("experimental_attention_variant"),
         "DeepNorm's gains are defined for separate query, key and value projections",
+    ),
+    (
+        "--moe-shared-expert-intermediate-size",
+        is_true("moe_shared_expert_intermediate_size"),
+        "DeepNorm's gains are those of experts of --moe-ffn-hidden-size",
+    ),
+    (
+        "--moe-latent-size",
+        is_true("moe_latent_size"),
+        "DeepNorm's gains are those of experts that read --hidden-size",
+    ),
+    (
+        "--fp8-param-gather",
+        is_true("fp8_param_gather"),
+        "its weights are quantized before DeepNorm's gains could be applied",
+    ),
+    (
+        "--fp4-param-gather",
+        is_true("fp4_param_gather"),
+        "its weights are quantized before DeepNorm's gains could be applied",
     ),
 )
