@@ -434,6 +434,7 @@ _FLAGS = tuple(
         ("--position-embedding-type mrope --mrope-section 2 2 4",
          ("--position-embedding-type mrope", "text")),
         ("--num-query-groups 2", ("--num-query-groups", "--group-query-attention")),
+        ("--tokenizer-type NullMultimodalTokenizer", ("--tokenizer-type", "text")),
         ("--logits-load-dir logits", ("--logits-load-dir", "distillation")),
         ("--logits-save-dir logits --logits-save-top-k 8", ("--logits-save-dir",)),
         ("--batch-size 2", ("--batch-size", "--micro-batch-size")),

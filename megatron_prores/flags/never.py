@@ -111,6 +111,8 @@ _NO_MORE: tuple[Rule, ...] = (
     ),
 )
 
+_OTHER_TOKENIZERS = ("MultimodalTokenizer", "NullMultimodalTokenizer", "SFTTokenizer")
+
 # This main program pretrains GPT models on packed text; upstream's has more modes.
 _OTHER_PROGRAMS: tuple[Rule, ...] = (
     ("--sft", is_true("sft"), "this program pretrains; finetuning is not part of it"),
@@ -121,6 +123,11 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
         "--position-embedding-type mrope",
         lambda a: a.position_embedding_type == "mrope",
         "its positions are those of images and text, and this program trains on text",
+    ),
+    (
+        "--tokenizer-type of images or conversations",
+        lambda a: a.tokenizer_type in _OTHER_TOKENIZERS,
+        "this program trains on text, and does not finetune",
     ),
     (
         "--logits-save-dir",
