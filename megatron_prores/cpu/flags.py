@@ -50,7 +50,7 @@ NOT_ON_CPU: tuple[Rule, ...] = (
     ("--fp16", lambda a: a.fp16, "train in float32, or with --bf16"),
     (
         "--fp32-residual-connection",
-        lambda a: a.fp32_residual_connection,
+        lambda a: a.fp32_residual_connection and a.bf16,
         "torch's norms on the CPU take no float32 input beside bfloat16 weights",
     ),
     (
