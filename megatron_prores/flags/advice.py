@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.flags.document_masks import position_advice
 from megatron_prores.flags.effects import effect_warnings
 from megatron_prores.flags.fp8 import fp8_advice
 from megatron_prores.timeline import Timeline, timeline_of
@@ -32,7 +33,7 @@ def advice(
     Returns:
         One sentence each, with the flags to change; empty where there is nothing to say.
     """
-    lines = effect_warnings(argv)
+    lines = [*effect_warnings(argv), *position_advice(args)]
     if args.skip_train:
         return lines
     timeline = timeline_of(args)

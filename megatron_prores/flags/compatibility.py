@@ -10,6 +10,7 @@ from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
 from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 from megatron_prores.flags.arguments import prores_config
+from megatron_prores.flags.document_masks import check_document_mask
 from megatron_prores.flags.limits import check_numbers, check_split, check_training
 from megatron_prores.flags.never import FAILS_IN_MEGATRON, NEVER
 from megatron_prores.flags.precision import check_fp8_hardware, check_graphs
@@ -38,18 +39,13 @@ def check_flags(args: Any) -> None:
     """
     prores = prores_config(args)
     _refuse(args, (*NEVER, *FAILS_IN_MEGATRON), "cannot be used with pretrain_gpt_prores.py")
-    if prores.needs_own_layer:
-        verdict = (
-            f"cannot be used with --prores-schedule other than {OFF}"
-            if prores.enabled
-            else f"cannot be used with --norm-placement {prores.norm_placement}"
-        )
-        _refuse(args, NOT_WITH_OWN_LAYER, verdict)
+    check_layers(args)
     _check_placement_and_init(args, prores)
     check_numbers(args)
     check_training(args)
     _check_async_save(args)
     check_resiliency(args)
+    check_document_mask(args)
     if args.device == "cpu":
         from megatron_prores.cpu.flags import NOT_ON_CPU
 
@@ -65,6 +61,30 @@ def check_flags(args: Any) -> None:
         _check_gradient_accumulation_fusion()
     check_graphs(args)
     check_fp8_hardware(args)
+
+
+def check_layers(args: Any) -> None:
+    """Refuse layers that this project has no counterpart of.
+
+    Args:
+        args: Parsed; once more when ``--use-checkpoint-args`` has taken some from a checkpoint.
+
+    Raises:
+        UserError: Names the flag, and why.
+    """
+    prores = prores_config(args)
+    if args.hybrid_layer_pattern is not None:
+        raise UserError(
+            "--hybrid-layer-pattern cannot be used with pretrain_gpt_prores.py: hybrid models are "
+            "not supported yet"
+        )
+    if prores.needs_own_layer:
+        verdict = (
+            f"cannot be used with --prores-schedule other than {OFF}"
+            if prores.enabled
+            else f"cannot be used with --norm-placement {prores.norm_placement}"
+        )
+        _refuse(args, NOT_WITH_OWN_LAYER, verdict)
 
 
 def _check_gradient_accumulation_fusion() -> None:

@@ -114,6 +114,9 @@ NO_EFFECT = {
     "Megatron 0.19 has no code behind it; choose with --ckpt-format": (
         "use_dist_ckpt_deprecated dist_ckpt_format_deprecated"
     ),
+    "Megatron 0.19 has no code behind it; a run with --save does what it says": (
+        "exit_signal_handler_for_dataloader"
+    ),
     "it is on anyway": "ckpt_fully_parallel_save_deprecated",
     "it is off anyway": "disable_msc_deprecated",
     "its library, kitchen, is not used here": "use_kitchen_attention kitchen_attention_backend",

@@ -112,6 +112,16 @@ FAILS_IN_MEGATRON: tuple[Rule, ...] = (
         "--disable-bias-linear, or --recompute-granularity full",
     ),
     (
+        "--tensor-model-parallel-size with --num-experts",
+        lambda a: (
+            bool(a.num_experts)
+            and a.tensor_model_parallel_size > 1
+            and not (a.sequence_parallel or a.skip_train)
+        ),
+        "Megatron ends the first training step of experts under tensor parallelism without "
+        "--sequence-parallel; give it",
+    ),
+    (
         "--save with --mtp-num-layers, tied embeddings and --pipeline-model-parallel-size",
         lambda a: (
             bool(a.save and a.mtp_num_layers)
@@ -126,6 +136,8 @@ FAILS_IN_MEGATRON: tuple[Rule, ...] = (
 )
 """Combinations that Megatron 0.19 hangs at, or cannot save."""
 
+_OTHER_TOKENIZERS = ("MultimodalTokenizer", "NullMultimodalTokenizer", "SFTTokenizer")
+
 # This main program pretrains GPT models on packed text; upstream's has more modes.
 _OTHER_PROGRAMS: tuple[Rule, ...] = (
     ("--sft", is_true("sft"), "this program pretrains; finetuning is not part of it"),
@@ -138,6 +150,11 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
         "its positions are those of images and text, and this program trains on text",
     ),
     (
+        "--tokenizer-type of images or conversations",
+        lambda a: a.tokenizer_type in _OTHER_TOKENIZERS,
+        "this program trains on text, and does not finetune",
+    ),
+    (
         "--logits-save-dir",
         is_true("logits_save_dir"),
         "distillation is not part of this program",
@@ -147,12 +164,7 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
         is_true("ckpt_convert_format"),
         "this program trains; it does not convert checkpoints",
     ),
-    (
-        "--hybrid-layer-pattern",
-        is_true("hybrid_layer_pattern"),
-        "hybrid models are not supported yet",
-    ),
-    # Upstream's validation makes the pattern above of these, and takes the layers from it.
+    # Upstream's validation makes --hybrid-layer-pattern of these, and takes the layers from it.
     (
         "--hybrid-override-pattern",
         is_true("hybrid_override_pattern"),
@@ -172,7 +184,8 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
     (
         "--dataloader-inter-document-masking",
         is_true("dataloader_inter_document_masking"),
-        "packed sequences with boundaries are not supported yet; use --reset-attention-mask",
+        "packed sequences with boundaries are not supported yet; use --reset-attention-mask with "
+        "--transformer-impl local",
     ),
     (
         "--dataloader-type external",

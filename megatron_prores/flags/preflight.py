@@ -63,8 +63,11 @@ def around_setup(
     """
     from megatron.training import arguments, global_vars
 
+    from megatron_prores.flags.compatibility import check_layers
+
     def set_global_variables(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         check_address(os.environ)
+        check_layers(named["args"])
         check_shapes(named["args"])
         check_fp8_shapes(named["args"])
         _try_configuration(named["args"], words_of)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_prores.environment import is_installed
+
 Rule = tuple[str, Callable[[Any], bool], str]
 """(the flag as the user gave it, whether it is given, why it cannot work)."""
 
@@ -47,6 +49,14 @@ ONLY_WITH_TRANSFORMER_ENGINE: tuple[Rule, ...] = (
     ("--fp8-format", lambda a: a.fp8 is not None, "its GEMMs are Transformer Engine's"),
     ("--fp4-format", lambda a: a.fp4 is not None, "its GEMMs are Transformer Engine's"),
     ("--tp-comm-overlap", is_true("tp_comm_overlap"), "Transformer Engine's linears overlap it"),
+    (
+        "--apply-layernorm-1p",
+        lambda a: (
+            a.layernorm_zero_centered_gamma
+            and (a.normalization != "LayerNorm" or not is_installed("apex"))
+        ),
+        "torch's norms, which Megatron takes where Apex has none, do not add 1 to their weight",
+    ),
 )
 
 NOT_WITH_NORM_BEHIND_THE_SUM: tuple[Rule, ...] = (

@@ -91,6 +91,8 @@ def test_layers_open_alike_whatever_else_a_run_does(name: str, tmp_path: Path) -
     job = run_job(tmp_path, flags, ranks=2 if name == "training loop" else 1)
     assert job.succeeded, job.output[-3000:]
     assert "has no effect" not in job.output
+    untried = "warning: --optimizer is untried: no other optimizer than adam"
+    assert (untried in job.output) == ("--optimizer" in flags)
     config = ProResConfig(schedule="linear", warmup_iters=WARMUP)
     held = job.alphas_by_step()
     skipped = {1} if "--iterations-to-skip" in flags else set()

@@ -165,7 +165,6 @@ NOTES = {
     "data that is not there": "--data-path /nowhere/text_document: not here",
     "tokenizer model that is not there": "tokenizer /nowhere/pieces.model: not here",
     "unknown optimizer": "emerging_optimizers",
-    "autoresume without its library": "userlib",
     "no directory of checkpoints, and one is wanted": "/nowhere/saved: not here",
     "no checkpoint to finetune": "/nowhere/saved: not here",
 }

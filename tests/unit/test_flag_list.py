@@ -30,7 +30,9 @@ from tests.unit.flag_list import (
 
 BASE = shlex.split(BF16)
 
-REFUSED_WITH_A_VALUE = {"--position-embedding-type", "--attention-backend", "--dataloader-type"}
+REFUSED_WITH_A_VALUE = {
+    *("--position-embedding-type", "--attention-backend", "--dataloader-type", "--tokenizer-type"),
+}
 REFUSED_ALONE = {"--num-query-groups", "--full-validation", "--multiple-validation-sets"}
 """Flags that rules name and that are refused in part: their verdict in the document is another."""
 
@@ -112,7 +114,9 @@ def test_what_the_rules_refuse_is_listed_as_refused() -> None:
     in_part = REFUSED_WITH_A_VALUE | REFUSED_ALONE
     named = {flag.split()[0] for flag, _, _ in (*NEVER, *NOT_WITH_OWN_LAYER)}
     named -= {"--transformer-impl", "--cuda-graph-modules", *in_part}
-    assert named | {"--yaml-cfg"} == {entry.flag for entry in of("refused")}
+    assert named | {"--yaml-cfg", "--hybrid-layer-pattern"} == {
+        entry.flag for entry in of("refused")
+    }
     assert not in_part & {entry.flag for entry in of("refused")}
 
 

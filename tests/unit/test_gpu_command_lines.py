@@ -42,26 +42,29 @@ WRONG = {
     f"{BF16} --fused-residual-rmsnorm": ("--fused-residual-rmsnorm",),
 }
 
+WARNED = f"{BF16} --img-h 32 --optimizer sgd --reset-position-ids"
+
 CODE = """
 import json, sys
 from megatron_prores.errors import UserError
 from megatron_prores.plan.planner import make_plan
-refused = {}
+refused, warnings = {}, {}
 for line in json.load(sys.stdin):
     try:
-        make_plan(line.split(), 2 if "--tensor-model-parallel-size 2" in line else 1)
+        plan = make_plan(line.split(), 2 if "--tensor-model-parallel-size 2" in line else 1)
+        warnings[line] = plan.warnings
     except UserError as error:
         refused[line] = str(error)
-print("REFUSED", json.dumps(refused))
+print("REFUSED", json.dumps([refused, warnings]))
 """
 
 
 @pytest.fixture(scope="module")
-def refused() -> dict[str, str]:
-    """Plans all of them in one process: command line -> why it is refused."""
+def planned() -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Plans all of them in one process: command line -> why it is refused, or its warnings."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CODE],
-        input=json.dumps([*GOOD.values(), *WRONG]),
+        input=json.dumps([*GOOD.values(), *WRONG, WARNED]),
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -69,8 +72,13 @@ def refused() -> dict[str, str]:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("REFUSED")]
-    found: dict[str, str] = json.loads(line.removeprefix("REFUSED"))
-    return found
+    refused, warnings = json.loads(line.removeprefix("REFUSED"))
+    return refused, warnings
+
+
+@pytest.fixture(scope="module")
+def refused(planned: tuple[dict[str, str], dict[str, list[str]]]) -> dict[str, str]:
+    return planned[0]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -83,3 +91,15 @@ def test_it_is_refused(line: str, refused: dict[str, str]) -> None:
     assert line in refused
     assert all(word in refused[line] for word in WRONG[line])
     assert "\n" not in refused[line]
+
+
+def test_a_plan_says_what_has_no_effect_and_what_nobody_has_tried(
+    planned: tuple[dict[str, str], dict[str, list[str]]],
+) -> None:
+    said = planned[1][WARNED]
+    for words in (
+        "--img-h has no effect in pretrain_gpt_prores.py: it belongs to vision models",
+        "--optimizer is untried: no other optimizer than adam has trained a ProRes model yet",
+        "--reset-position-ids has no effect with --position-embedding-type rope",
+    ):
+        assert any(line.startswith(words) for line in said), said
