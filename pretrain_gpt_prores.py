@@ -52,7 +52,7 @@ def main() -> None:
     index_cache.install()
     args, prores = parse_args(device_name)
     if args.rank == 0:
-        for line in advice(args, prores):
+        for line in advice(args, prores, argv=sys.argv[1:]):
             print(f"warning: {line}")
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
     with lifecycle.installed(args):

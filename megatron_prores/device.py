@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_prores.errors import UserError
+from megatron_prores.flags.resiliency import check_start
 
 
 def prepare(device: str) -> None:
@@ -12,8 +13,10 @@ def prepare(device: str) -> None:
         device: "cuda" or "cpu".
 
     Raises:
-        UserError: There is no GPU and the user did not ask for the CPU.
+        UserError: There is no GPU and the user did not ask for the CPU; or Megatron could not be
+            imported.
     """
+    check_start()
     if device == "cpu":
         from megatron_prores.cpu import gpu_packages, torch_device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,32 @@ def is_installed(module: str) -> bool:
     if module not in _taken_as_installed:
         _taken_as_installed.append(module)
     return True
+
+
+def version_below(package: str, least: str) -> str | None:
+    """Return the installed version of a package where it is older than needed.
+
+    Args:
+        package: The name of the distribution.
+        least: The oldest version that will do.
+
+    Returns:
+        None where the version will do, where the package is not installed, and where packages are
+        taken as installed.
+    """
+    from packaging.version import Version
+
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if Version(found) >= Version(least):
+        return None
+    if _taken_as_installed is None:
+        return found
+    if (needed := f"{package}>={least}") not in _taken_as_installed:
+        _taken_as_installed.append(needed)
+    return None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -16,6 +17,10 @@ _PATIENCE = 5.0
 EXIT_INTERRUPTED = 75
 """The run was asked to end by a signal, and has saved: start it again, it goes on. (EX_TEMPFAIL of
 sysexits.h. Python, torchrun and Megatron use 1, 2, 16, 17, and 128 + a signal's number.)"""
+
+
+TRACEBACK = "PRORES_TRACEBACK"
+"""Environment variable; 1: a run that stops with a line prints first where that came from."""
 
 
 class StopRun(Exception):  # noqa: N818, it is no error of the program's
@@ -94,6 +99,8 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except StopRun as reason:
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exception(reason)
         print_error(reason.words(), reason.told_by_all_nodes)
         code = reason.exit_code
         if "TORCHELASTIC_RUN_ID" in os.environ and _number("LOCAL_RANK") != 0:

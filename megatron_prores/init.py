@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
+from megatron_prores.specs import INPUT_NORM_SLOTS
 
 
 def embedding_std(args: argparse.Namespace) -> float:
@@ -58,8 +62,10 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             if PLACEMENTS[prores.norm_placement].scaled_norms:
+                # Megatron's zero-centered norms multiply by 1 + weight.
+                offset = 1.0 if layer.config.layernorm_zero_centered_gamma else 0.0
                 for weight in _input_norm_weights(layer):
-                    weight.fill_(1.0 / math.sqrt(layer.layer_number))
+                    weight.fill_(1.0 / math.sqrt(layer.layer_number) - offset)
             if prores.initialization == "deepnorm":
                 _rescale_to_deepnorm(layer, layer.config)
 
@@ -82,13 +88,22 @@ def mark_shards(chunks: list[Any]) -> None:
 
 
 def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
-    """Yields the weights of the two norms before the branches, fused into a linear or not."""
-    for norm, linear in (
-        (layer.input_layernorm, getattr(layer.self_attention, "linear_qkv", None)),
-        (layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None)),
+    """Yields the weights of the norms before the branches, fused into a linear or not."""
+    for norm, branch in (
+        (layer.input_layernorm, layer.self_attention),
+        (layer.pre_mlp_layernorm, layer.mlp),
     ):
-        fused = getattr(linear, "layer_norm_weight", None)
-        yield norm.weight if fused is None else fused
+        if isinstance(branch, IdentityOp):
+            continue  # left out of a heterogeneous model
+        fused = (branch, *(getattr(branch, slot, None) for slot in INPUT_NORM_SLOTS))
+        places = [(norm, "weight"), *((module, "layer_norm_weight") for module in fused)]
+        found = (getattr(module, name, None) for module, name in places)
+        weight = next((each for each in found if each is not None), None)
+        if weight is None:
+            raise UserError(
+                f"--norm-placement lns: the norm before {type(branch).__name__} was not found"
+            )
+        yield weight
 
 
 def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
@@ -106,20 +121,34 @@ def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
     def factor(fan_in: int, fan_out: int, gain: float) -> float:
         return gain * math.sqrt(2.0 / (fan_in + fan_out)) / config.init_method_std
 
-    # Rows of the fused projection [q + k + v, h]: per query group its queries (and their gates),
-    # its key, its value. A tensor-parallel rank holds an even share of the rows in this order;
-    # where there are fewer groups than ranks, no whole group.
     attention = layer.self_attention
-    queries = query // groups * (2 if config.attention_output_gate else 1)
-    of_group = [factor(hidden, query, 1.0)] * queries
-    of_group += [factor(hidden, key, 1.0)] * channels + [factor(hidden, key, gain)] * channels
-    qkv = attention.linear_qkv.weight
-    shares = len(of_group) * groups // qkv.size(0)
-    rows = qkv.new_tensor(of_group * groups).chunk(shares)[get_tensor_model_parallel_rank()]
-    qkv.mul_(rows.unsqueeze(-1))
-    attention.linear_proj.weight.mul_(factor(query, hidden, gain))
+    if isinstance(attention, SelfAttention):
+        # Rows of the fused projection [q + k + v, h]: per query group its queries, key and value. A
+        # tensor-parallel rank holds an even share of the rows in this order; where there are fewer
+        # groups than ranks, no whole group.
+        of_group = [factor(hidden, query, 1.0)] * (query // groups)
+        of_group += [factor(hidden, key, 1.0)] * channels + [factor(hidden, key, gain)] * channels
+        qkv = attention.linear_qkv.weight
+        shares = len(of_group) * groups // qkv.size(0)
+        rows = qkv.new_tensor(of_group * groups).chunk(shares)[get_tensor_model_parallel_rank()]
+        qkv.mul_(rows.unsqueeze(-1))
+        attention.linear_proj.weight.mul_(factor(query, hidden, gain))
+    elif not isinstance(attention, IdentityOp):
+        raise UserError(
+            f"--branch-init deepnorm: DeepNorm's gains are not defined for "
+            f"{type(attention).__name__}; use --branch-init normal"
+        )
     # Dense: one of each. Experts: linear_fc1.weight of each expert, or weight0, weight1, ...
-    ffn = config.moe_ffn_hidden_size if layer.is_moe_layer else config.ffn_hidden_size
     for name, weight in layer.mlp.named_parameters():
         if "linear_fc1.weight" in name or "linear_fc2.weight" in name:
-            weight.mul_(factor(hidden, ffn, gain))
+            weight.mul_(factor(hidden, _ffn_size(layer, name), gain))
+
+
+def _ffn_size(layer: Any, name: str) -> int:
+    """Returns the inner width of the MLP that a parameter of ``layer.mlp`` belongs to."""
+    config = layer.config
+    if not layer.is_moe_layer:
+        return int(config.ffn_hidden_size)
+    if name.startswith("shared_experts."):
+        return int(config.moe_shared_expert_intermediate_size)
+    return int(config.moe_ffn_hidden_size)

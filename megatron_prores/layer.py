@@ -9,6 +9,7 @@ multiplies their high-precision output (paper, section 3).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
 from megatron.core.jit import jit_fuser
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -112,16 +113,18 @@ class ProResLayerMixin:
         self._alpha_value = 1.0
         # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
         self._always_scale = config.cuda_graph_impl != "none"
-        self.self_attn_bda = partial(
-            self._get_bda,
-            self.self_attn_bda,  # type: ignore[has-type]
-            self.post_self_attn_layernorm,
-        )
-        self.mlp_bda = partial(
-            self._get_bda,
-            self.mlp_bda,  # type: ignore[has-type]
-            self.post_mlp_layernorm,
-        )
+        for name, norm in (
+            ("self_attn_bda", self.post_self_attn_layernorm),
+            ("mlp_bda", self.post_mlp_layernorm),
+        ):
+            stock = getattr(self, name)
+            # A heterogeneous model leaves a branch out: there is nothing to add, nor to scale.
+            if not isinstance(stock, IdentityFuncOp):
+                setattr(self, name, partial(self._get_bda, stock, norm))
+        if not self.placement.is_stock:
+            # Megatron enables gradients around every bda, even in an evaluation and in the first
+            # pass of a recomputed layer. Our norms have weights: autograd would keep a graph.
+            self.bias_dropout_add_exec_handler = contextlib.nullcontext
 
     @property
     def prores_layer(self) -> int | None:
@@ -142,6 +145,15 @@ class ProResLayerMixin:
         if value != self._alpha_value:
             self.alpha.fill_(value)
             self._alpha_value = value
+
+    def place_alpha(self, device: torch.device) -> None:
+        """Moves alpha to a device, with its value.
+
+        Args:
+            device: Where the layer computes.
+        """
+        if self.alpha.device != device:
+            self.alpha = torch.full((), self._alpha_value, dtype=torch.float32, device=device)
 
     def _get_bda(
         self,
@@ -205,13 +217,14 @@ class ProResLayerMixin:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Lets alpha follow the layer to another device, but not to another dtype."""
         module = super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.alpha.device != (device := _device_of(self)):
-            self.alpha = torch.full((), self._alpha_value, dtype=torch.float32, device=device)
+        self.place_alpha(_device_of(self))
         return module
 
 
 def _device_of(layer: Any) -> torch.device:
-    return next(layer.parameters()).device
+    # A layer with both branches left out has no parameters, and its alpha multiplies nothing.
+    parameter = next(layer.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 class ProResTransformerLayer(ProResLayerMixin, TransformerLayer):

@@ -189,21 +189,45 @@ def fold_alphas(
 def _parameters(
     chunks: list[Any], norm_placement: str
 ) -> Iterator[tuple[Entry, str, nn.Parameter, TransformerConfig]]:
-    """Yields (entry, prefix of the Llama names, parameter, configuration) for this rank."""
+    """Yields (entry, prefix of the Llama names, parameter, configuration) for this rank.
+
+    Raises:
+        ValueError: The model has a parameter without a Llama name, or lacks one that has one.
+    """
     for chunk in unwrap_model(chunks):
+        _check_is_llama(chunk.config)
         named = dict(chunk.named_parameters())
+        found: list[tuple[Entry, str, nn.Parameter, TransformerConfig]] = []
         for entry in MODEL_ENTRIES:
             # A stage in the middle has neither; a tied head is no parameter of its own.
             if entry.megatron[0] in named:
-                yield entry, "", named[entry.megatron[0]], chunk.config
+                found.append((entry, "", named.pop(entry.megatron[0]), chunk.config))
         for index, layer in enumerate(chunk.decoder.layers):
             prefix = f"model.layers.{layer.layer_number - 1}."
             for entry in LAYER_ENTRIES[norm_placement]:
-                found = [f"decoder.layers.{index}.{name}" for name in entry.megatron]
-                parameter = next((named[name] for name in found if name in named), None)
-                if parameter is None:
-                    raise ValueError(f"no Llama names for this model: it has no {found[0]}")
-                yield entry, prefix, parameter, chunk.config
+                names = [f"decoder.layers.{index}.{name}" for name in entry.megatron]
+                name = next((name for name in names if name in named), None)
+                if name is None:
+                    raise ValueError(f"no Llama names for this model: it has no {names[0]}")
+                found.append((entry, prefix, named.pop(name), chunk.config))
+        if named:
+            raise ValueError(
+                f"no Llama names for {len(named)} of this model's parameters: "
+                f"{', '.join(list(named)[:5])}{', ...' if len(named) > 5 else ''}"
+            )
+        yield from found
+
+
+def _check_is_llama(config: TransformerConfig) -> None:
+    """Refuses what would be split into other weights than it is made of.
+
+    Raises:
+        ValueError: Names the part.
+    """
+    if not config.gated_linear_unit:
+        raise ValueError("no Llama names for this model: its MLP has no gate (--swiglu)")
+    if config.attention_output_gate:
+        raise ValueError("no Llama names for this model: its attention has a gate")
 
 
 def _groups(config: TransformerConfig) -> int:

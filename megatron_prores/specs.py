@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.heterogeneous.linear_replacements import (
+    ColumnParallelLinearGathered,
+)
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -27,6 +30,16 @@ from megatron_prores.norm import sequence_parallel_norm
 from megatron_prores.placement import PLACEMENTS
 
 type Spec = ModuleSpec | TransformerBlockSubmodules
+
+INPUT_NORM_SLOTS = ("linear_qkv", "in_proj", "linear_qkv_down_proj", "linear_fc1")
+"""The parts of a branch that Transformer Engine's spec may fuse the norm before the branch into: of
+attention, gated delta net, latent attention with one down projection, and MLP."""
+
+# Each tensor-parallel rank holds the whole of it.
+_DUPLICATED = ("linear_qkv_down_proj",)
+
+# A norm that is fused into these normalizes the latents of latent attention: it is a part of F.
+_INNER_NORM_SLOTS = ("linear_q_up_proj", "linear_kv_up_proj")
 
 
 def prores_layer_spec(
@@ -101,7 +114,11 @@ def _prores_layer(
     if fuse:
         parts["self_attention"] = _with_fused_attention(parts["self_attention"])
     if not placement.is_stock:
-        parts |= {"post_self_attn_layernorm": norm, "post_mlp_layernorm": norm}
+        # A branch that a heterogeneous model leaves out has nothing to norm.
+        if stock.self_attn_bda is not IdentityFuncOp:
+            parts["post_self_attn_layernorm"] = norm
+        if stock.mlp_bda is not IdentityFuncOp:
+            parts["post_mlp_layernorm"] = norm
     return dataclasses.replace(
         layer,
         module=PRORES_LAYERS[layer.module],
@@ -122,21 +139,75 @@ def _with_fused_attention(attention: ModuleSpec) -> ModuleSpec:
 def _without_input_norms(
     attention: ModuleSpec, mlp: object, backend: BackendSpecProvider
 ) -> dict[str, object]:
-    """Gives the branches F(x) for F(N(x)): no norm before them, nor fused into their first linear.
+    """Return the parts of a layer whose branches are F(x) instead of F(N(x)).
 
-    Transformer Engine fuses the norm and the linear that follows it into one module; without the
-    norm it is the plain column-parallel linear of the same backend.
+    Raises:
+        UserError: A norm is fused into a module that has no counterpart without it.
     """
     parts: dict[str, object] = {"input_layernorm": IdentityOp, "pre_mlp_layernorm": IdentityOp}
     if not backend.fuse_layernorm_and_linear():
         return parts
-    fused, plain = backend.column_parallel_layer_norm_linear(), backend.column_parallel_linear()
-    if getattr(attention.submodules, "linear_qkv", None) is fused:
-        submodules = dataclasses.replace(attention.submodules, linear_qkv=plain)
-        parts["self_attention"] = dataclasses.replace(attention, submodules=submodules)
-    if isinstance(mlp, partial) and mlp.func == MLP.as_mlp_submodule:
-        submodules = mlp.keywords["submodules"]
-        if submodules.linear_fc1 is fused:
-            submodules = dataclasses.replace(submodules, linear_fc1=plain)
-        parts["mlp"] = partial(mlp.func, **{**mlp.keywords, "submodules": submodules})
+    parts |= {"self_attention": _unfused(attention, backend), "mlp": _unfused(mlp, backend)}
+    fused = backend.column_parallel_layer_norm_linear()
+    for name in ("self_attention", "mlp"):
+        if left := next(_find_module(parts[name], fused, name), None):
+            raise UserError(
+                "--norm-placement post and deepnorm have no norm before a branch, and these flags "
+                f"select a module that has one fused into it ({left}): leave them out, or use "
+                "another --norm-placement"
+            )
     return parts
+
+
+def _unfused(branch: Any, backend: BackendSpecProvider) -> Any:
+    """Exchanges the module of a branch that a norm is fused into for the one without the norm.
+
+    Transformer Engine fuses the norm and the linear that follows it into one module; without the
+    norm it is a plain linear of the same backend.
+    """
+    fused = backend.column_parallel_layer_norm_linear()
+    if isinstance(branch, ModuleSpec):
+        if _is_kind_of(branch.module, fused):  # the linear that replaces a heterogeneous attention
+            return dataclasses.replace(branch, module=ColumnParallelLinearGathered)
+        submodules = _unfused_submodules(branch.submodules, backend)
+        return dataclasses.replace(branch, submodules=submodules)
+    if isinstance(branch, partial):
+        if _is_kind_of(branch.func, fused):  # ... or a heterogeneous MLP
+            return partial(ColumnParallelLinearGathered, *branch.args, **branch.keywords)
+        if "submodules" in branch.keywords:
+            submodules = _unfused_submodules(branch.keywords["submodules"], backend)
+            return partial(
+                branch.func, *branch.args, **branch.keywords | {"submodules": submodules}
+            )
+    return branch
+
+
+def _unfused_submodules(submodules: Any, backend: BackendSpecProvider) -> Any:
+    fused = backend.column_parallel_layer_norm_linear()
+    plain = {
+        slot: backend.linear() if slot in _DUPLICATED else backend.column_parallel_linear()
+        for slot in INPUT_NORM_SLOTS
+        if _is_kind_of(getattr(submodules, slot, None), fused)
+    }
+    return dataclasses.replace(submodules, **plain) if plain else submodules
+
+
+def _find_module(spec: Any, kind: type, place: str) -> Iterator[str]:
+    """Yields the places within a branch's spec that name a kind of module."""
+    if place.rpartition(".")[2] in _INNER_NORM_SLOTS:
+        return
+    if _is_kind_of(spec, kind):
+        yield place
+    elif isinstance(spec, ModuleSpec):
+        yield from _find_module(spec.module, kind, place)
+        yield from _find_module(spec.submodules, kind, place)
+    elif isinstance(spec, partial):
+        for value in (spec.func, *spec.args, *spec.keywords.values()):
+            yield from _find_module(value, kind, place)
+    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        for field in dataclasses.fields(spec):
+            yield from _find_module(getattr(spec, field.name), kind, f"{place}.{field.name}")
+
+
+def _is_kind_of(module: object, kind: type) -> bool:
+    return isinstance(module, type) and issubclass(module, kind)

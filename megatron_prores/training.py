@@ -13,7 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
-from megatron_prores import init, upstream
+from megatron_prores import heterogeneous, init, upstream
 from megatron_prores.audit import audit
 from megatron_prores.config import ProResConfig
 from megatron_prores.monitor import log_alphas
@@ -35,12 +35,17 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
 
     Returns:
         The configuration for ``megatron.training.pretrain``.
+
+    Raises:
+        UserError: The model cannot be built, or has no such initial weights.
     """
     args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
-    if args.init_method_xavier_uniform or args.use_mup:
+    if args.use_mup:
         # The user has said how weights start with a flag of Megatron's own.
         prores = dataclasses.replace(prores, branch_init="scaled")
+    encoded = args.heterogeneous_layers_config_encoded_json
+    heterogeneous.check(config.transformer, prores, encoded)
     init.configure(config.transformer, prores)
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
     # A tied embedding is the output head as well, which decays.

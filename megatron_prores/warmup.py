@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from megatron_prores.config import ProResConfig
@@ -30,14 +31,19 @@ class ResidualWarmup:
         """
         self.config = config
         self.num_layers = num_layers
-        self.chunks: list[list[ProResLayerMixin]] = [
-            [
+        self.chunks: list[list[ProResLayerMixin]] = []
+        for chunk in model_chunks:
+            layers: list[ProResLayerMixin] = [
                 module
                 for module in chunk.modules()
                 if isinstance(module, ProResLayerMixin) and module.prores_layer is not None
             ]
-            for chunk in model_chunks
-        ]
+            device = _device_of(chunk)
+            for layer in layers:
+                # A model that was built on the meta device is materialized module by module, but
+                # only those that own parameters: alpha is left behind.
+                layer.place_alpha(device)
+            self.chunks.append(layers)
 
     def set_step(self, step: int) -> None:
         """Sets alpha(l, step) on every layer of this rank.
@@ -58,3 +64,9 @@ class ResidualWarmup:
     def alphas(self, step: int) -> Alphas:
         """Evaluates the schedule for all L layers, also those of other ranks: float64 [L]."""
         return self.config.alphas(step, self.num_layers)
+
+
+def _device_of(chunk: nn.Module) -> torch.device:
+    """Returns the device of a model chunk; the CPU for one that has no storage, as in a plan."""
+    stored = (each.device for each in chunk.parameters() if each.device.type != "meta")
+    return next(stored, torch.device("cpu"))

@@ -110,11 +110,19 @@ _PRORES = (
         ("--norm-placement peri", "sandwich")),
     Row("unknown initial weights", f"{MOCK} --branch-init zero", ("--branch-init zero", "scaled")),
     Row("two ways to initialise",
-        f"{MOCK} --branch-init normal --init-method-xavier-uniform",
-        ("--init-method-xavier-uniform", "--branch-init normal")),
+        f"{MOCK} --branch-init normal --use-mup --embedding-init-method-std 0.02",
+        ("--use-mup", "--branch-init normal")),
     Row("placement that has no place for it",
         f"{MOCK} --norm-placement post --bf16 --fp32-residual-connection",
         ("--fp32-residual-connection", "--norm-placement post")),
+    *(
+        Row(f"DeepNorm's gains and {flag.split()[0]}", f"{MOCK} --norm-placement deepnorm {flag}",
+            (f"{flag.split()[0]} cannot be used with --branch-init deepnorm",))
+        for flag in (
+            "--fp8-param-gather", "--fp4-param-gather", "--attention-output-gate",
+            "--moe-latent-size 8", "--experimental-attention-variant gated_delta_net",
+        )
+    ),
     Row("flag of ours, misspelt", f"{MOCK} --prores-shedule linear", ("--prores-shedule",)),
     Row("flag of ours, abbreviated", f"{MOCK} --prores-warmup 9", ("--prores-warmup",)),
     Row("flag without its value", f"{MOCK} --prores-warmup-iters",
@@ -265,11 +273,11 @@ _LAYOUT = (
         ("pipeline-model-parallel size",)),
     Row("prediction layers beside a tied output head",
         f"{MOCK} --pipeline-model-parallel-size 2 --mtp-num-layers 1 "
-        "--position-embedding-type rope",
+        "--position-embedding-type rope --save {w}/new",
         ("--mtp-num-layers", "--untie-embeddings-and-output-weights"), ranks=2),
     Row("the same, in a layout",
         f"{MOCK} --pipeline-model-parallel-size 2 --mtp-num-layers 1 "
-        "--position-embedding-type rope --pipeline-model-parallel-layout Ettt|tmL",
+        "--position-embedding-type rope --pipeline-model-parallel-layout Ettt|tmL --save {w}/new",
         ("--mtp-num-layers", "--pipeline-model-parallel-layout"), ranks=2),
     Row("layout with layers missing",
         f"{MOCK} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL",
@@ -279,7 +287,8 @@ _LAYOUT = (
         "--position-embedding-type rope --pipeline-model-parallel-layout Ett|tt|m|L",
         ("Ett|tt|m|L", "rank 0"), ranks=2),
     Row("layout with a rank that has nothing",
-        f"{MOCK} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout E||ttttL",
+        f"{MOCK} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout E||ttttL "
+        "--save {{w}}/new",
         ("E||ttttL", "rank 1 has nothing"), ranks=3),
     Row("uneven stages that do not add up",
         f"{MOCK} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3 "
@@ -379,7 +388,6 @@ _TRAINING = (
         ("overlap-param-gather",)),
     Row("a flag that is no more, which upstream ends with exit code 0",
         f"{MOCK} --checkpoint-activations", ("--checkpoint-activations",)),
-    Row("autoresume without its library", f"{MOCK} --adlr-autoresume", ("--adlr-autoresume",)),
     Row("a word too many", f"{MOCK} surplus", ("surplus",)),
     Row("recomputing an MLP with biases, which upstream never ends",
         f"{MOCK} --recompute-granularity selective --recompute-modules mlp",
@@ -443,6 +451,62 @@ _CHECKPOINT = (
         ("--norm-placement pre there, sandwich here",)),
     Row("finetuning without a word on the warmup", f"{SAVED} --finetune",
         ("--finetune", "--prores-restart")),
+)  # fmt: skip
+
+# Flags of Megatron's that docs/flags.md refuses.
+_FLAGS = tuple(
+    Row(f"flag: {argv}", f"{MOCK} {argv}", words)
+    for argv, words in (
+        ("--inprocess-restart", ("--inprocess-restart", "launcher")),
+        ("--adlr-autoresume", ("--adlr-autoresume", "userlib")),
+        ("--use-rope-scaling --rope-scaling-factor 4", ("--rope-scaling-factor", "8")),
+        ("--position-embedding-type relative", ("--position-embedding-type relative",)),
+        ("--position-embedding-type mrope --mrope-section 2 2 4",
+         ("--position-embedding-type mrope", "text")),
+        ("--num-query-groups 2", ("--num-query-groups", "--group-query-attention")),
+        ("--logits-load-dir logits", ("--logits-load-dir", "distillation")),
+        ("--logits-save-dir logits --logits-save-top-k 8", ("--logits-save-dir",)),
+        ("--batch-size 2", ("--batch-size", "--micro-batch-size")),
+        ("--warmup 2", ("--warmup", "--lr-warmup-fraction")),
+        ("--model-parallel-size 2", ("--model-parallel-size", "--tensor-model-parallel-size")),
+        ("--enable-cuda-graph", ("--enable-cuda-graph", "--cuda-graph-impl local")),
+        ("--external-cuda-graph", ("--external-cuda-graph", "--cuda-graph-impl")),
+        ("--cuda-graph-scope attn", ("--cuda-graph-scope", "--cuda-graph-modules")),
+        ("--cuda-graph-modules full_iteration", ("--cuda-graph-impl full_iteration",)),
+        ("--init-method-xavier-uniform", ("--init-method-xavier-uniform", "cannot build")),
+        ("--full-validation", ("--full-validation", "--multiple-validation-sets")),
+        ("--multiple-validation-sets", ("--multiple-validation-sets", "--full-validation")),
+        ("--decoder-num-layers 4", ("--decoder-num-layers", "--num-layers")),
+        ("--decoder-seq-length 32", ("--decoder-seq-length", "--seq-length")),
+        ("--vision-pretraining", ("--vision-pretraining", "text")),
+        ("--ckpt-convert-format torch", ("--ckpt-convert-format",)),
+        ("--hybrid-override-pattern M*-*", ("--hybrid-override-pattern", "hybrid")),
+        ("--mtp-hybrid-override-pattern M --mtp-num-layers 1",
+         ("--mtp-hybrid-override-pattern", "hybrid")),
+        ("--is-hybrid-model", ("--is-hybrid-model", "hybrid")),
+        ("--dataloader-type external", ("--dataloader-type external",)),
+        ("--object-storage-cache-path cache", ("--object-storage-cache-path",)),
+        ("--num-experts 2 --moe-use-upcycling", ("--moe-use-upcycling", "dense")),
+        ("--tensor-parallel-num-weight-shards 2", ("--tensor-parallel-num-weight-shards",)),
+        ("--expert-tensor-parallel-num-weight-shards 2",
+         ("--expert-tensor-parallel-num-weight-shards",)),
+        ("--phase-transition-iterations 1", ("--phase-transition-iterations", "phase")),
+        ("--freeze-all-layers", ("--freeze-all-layers", "--skip-train")),
+        ("--no-initialization", ("--no-initialization", "--load")),
+        ("--use-mup", ("--use-mup", "--embedding-init-method-std")),
+        ("--lazy-mpu-init", ("--lazy-mpu-init",)),
+        ("--fake-process-group", ("--fake-process-group",)),
+        ("--use-ring-exchange-p2p", ("--use-ring-exchange-p2p", "torch")),
+        ("--heterogeneous-layers-config-encoded-json {{}}",
+         ("--heterogeneous-layers-config-encoded-json", "--heterogeneous-layers-config-path")),
+        ("--fused-residual-rmsnorm --prores-schedule none --norm-placement sandwich",
+         ("--fused-residual-rmsnorm", "--norm-placement sandwich")),
+        ("--spec a b --prores-schedule none --norm-placement post",
+         ("--spec", "--norm-placement post")),
+        ("--bf16 --fp32-residual-connection", ("--fp32-residual-connection", "--device cpu")),
+        ("--log-memory-to-tensorboard", ("--log-memory-to-tensorboard", "--device cpu")),
+        ("--te-precision-config-file /nowhere/recipe.yaml", ("/nowhere/recipe.yaml",)),
+    )
 )  # fmt: skip
 
 _BEFORE_MEGATRON = (
@@ -616,6 +680,8 @@ _PLAN = tuple(
         ("JSON with a value", f"--world-size 8 --json yes -- {MOCK}", ("yes",)),
         ("a flag of the program, misspelt", f"--world-size 8 -- {MOCK} --prores-shedule linear",
          ("--prores-shedule",)),
+        ("a flag that the program refuses", f"--world-size 8 -- {MOCK} --inprocess-restart",
+         ("--inprocess-restart", "launcher")),
         ("layers that do not divide",
          f"--world-size 8 --json -- {MOCK} --pipeline-model-parallel-size 8",
          ("Number of layers", "pipeline-model-parallel")),
@@ -624,5 +690,5 @@ _PLAN = tuple(
 
 ROWS = (
     *_PRORES, *_DEVICE, *_DATA, *_TOKENIZER, *_ENVIRONMENT, *_LAYOUT, *_MODEL, *_TRAINING,
-    *_CHECKPOINT, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS, *_PLAN,
+    *_CHECKPOINT, *_FLAGS, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS, *_PLAN,
 )  # fmt: skip

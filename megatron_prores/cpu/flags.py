@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_prores.flags.compatibility import Rule
+from megatron_prores.flags.rules import Rule
 
 # dest -> value. Each needs a CUDA kernel, or is the CPU's counterpart of a CUDA choice.
 _DEFAULTS: dict[str, Any] = {
@@ -49,8 +49,13 @@ NOT_ON_CPU: tuple[Rule, ...] = (
     ("--fp4", lambda a: a.fp4 is not None, "FP4 needs Transformer Engine and a GPU"),
     ("--fp16", lambda a: a.fp16, "train in float32, or with --bf16"),
     (
+        "--fp32-residual-connection",
+        lambda a: a.fp32_residual_connection and a.bf16,
+        "torch's norms on the CPU take no float32 input beside bfloat16 weights",
+    ),
+    (
         "--cuda-graph-impl",
-        lambda a: a.cuda_graph_impl != "none" or a.enable_cuda_graph or a.external_cuda_graph,
+        lambda a: a.cuda_graph_impl != "none",
         "there is no CUDA graph without CUDA",
     ),
     (
@@ -83,6 +88,11 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         "the optimizer is on the CPU already",
     ),
     ("--profile", lambda a: a.profile and not a.use_pytorch_profiler, "nsys profiles CUDA"),
+    (
+        "--log-memory-to-tensorboard",
+        lambda a: a.log_memory_to_tensorboard,
+        "there is no GPU whose memory could be measured",
+    ),
     ("--log-energy", lambda a: a.log_energy, "there is no GPU to measure"),
     ("--use-flash-attn", lambda a: a.use_flash_attn, "flash attention is a CUDA kernel"),
     (

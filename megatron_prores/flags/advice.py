@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.flags.effects import effect_warnings
 from megatron_prores.flags.fp8 import fp8_advice
 from megatron_prores.timeline import Timeline, timeline_of
 
@@ -14,6 +16,7 @@ def advice(
     args: argparse.Namespace,
     prores: ProResConfig,
     *,
+    argv: Sequence[str] = (),
     seconds_per_step: float | None = None,
     time_limit: float | None = None,
 ) -> list[str]:
@@ -22,16 +25,19 @@ def advice(
     Args:
         args: Validated by Megatron.
         prores: The run's ProRes configuration.
+        argv: The command line that was parsed: what the user gave, before validation changed it.
         seconds_per_step: What a step takes, where that is known.
         time_limit: Seconds that the job may run.
 
     Returns:
         One sentence each, with the flags to change; empty where there is nothing to say.
     """
+    lines = effect_warnings(argv)
     if args.skip_train:
-        return []
+        return lines
     timeline = timeline_of(args)
     return [
+        *lines,
         *_warmup(args, prores, timeline),
         *_evaluation(args, prores, timeline),
         *_batch_sizes(args, timeline),

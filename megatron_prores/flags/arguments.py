@@ -8,6 +8,7 @@ Then Megatron's parser reads all of them (:func:`parse_args`).
 from __future__ import annotations
 
 import argparse
+import json
 import linecache
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from megatron_prores.config import (
     OFF,
     ProResConfig,
 )
-from megatron_prores.errors import UserError
+from megatron_prores.errors import TRACEBACK, UserError
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule import SCHEDULES
 
@@ -214,7 +215,10 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         return parser
 
     # Once for our checks, which must come before upstream opens files and writers.
-    args = arguments.parse_args(provider)
+    try:
+        args = arguments.parse_args(provider)
+    except RuntimeError as error:  # --enable-msc without its package
+        raise UserError(upstream_words(error)) from error
     check_paths(args)
     saved = checkpoint.find_saved_run(args)
     restored = checkpoint.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
@@ -224,10 +228,19 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     checkpoint.check_agreement(args, prores, saved)
     datasets = [] if args.mock_data else data_prefixes(args)
     try:
-        with preflight.around_setup(datasets, saved, _upstream_words):
+        with preflight.around_setup(datasets, saved, upstream_words):
             args = arguments.parse_and_validate_args(provider)
+    except OSError as error:
+        raise UserError(upstream_words(error)) from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if (path := args.heterogeneous_layers_config_path) is None:
+            raise
+        raise UserError(
+            f"--heterogeneous-layers-config-path {path}: Megatron cannot read the model's layers "
+            f"from it: {type(error).__name__}: {error} ({TRACEBACK}=1 shows where)"
+        ) from error
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(_upstream_words(error)) from error
+        raise UserError(upstream_words(error)) from error
     except SystemExit as error:
         # With exit code 0; rank 0 has printed why.
         raise UserError("Megatron ended the run at these flags, with the words above") from error
@@ -238,12 +251,12 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     return args, prores
 
 
-def _upstream_words(error: Exception) -> str:
+def upstream_words(error: Exception) -> str:
     """Says in one line what upstream's validation objects to."""
     message = str(error)
     if not message and error.__traceback__ is not None:
         message = f"this must hold: {_failed_assertion(error.__traceback__)}"
-    return f"Megatron refuses these flags: {message}"
+    return f"Megatron refuses these flags: {message} ({TRACEBACK}=1 shows where)"
 
 
 def _failed_assertion(traceback: TracebackType) -> str:

@@ -215,8 +215,9 @@ def _check_layout(args: Any) -> None:
     layout = str(args.pipeline_model_parallel_layout)
     stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
     ranks = args.pipeline_model_parallel_size
+    has_checkpoints = args.save or args.load
     for rank in range(ranks):
-        if not any(stages[rank::ranks]):
+        if has_checkpoints and not any(stages[rank::ranks]):
             raise UserError(
                 f"--pipeline-model-parallel-layout {layout}: pipeline rank {rank} has nothing; "
                 "Megatron cannot load a checkpoint there"

@@ -96,7 +96,7 @@ def _try_configuration(args: argparse.Namespace, words_of: Callable[[Exception],
 
     try:
         core_transformer_config_from_args(copy.deepcopy(args))
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, OSError) as error:
         raise UserError(words_of(error)) from error
 
 

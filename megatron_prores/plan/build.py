@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_prores.audit import RankReport, table
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.flags.advice import advice
-from megatron_prores.flags.arguments import parse_args
+from megatron_prores.flags.arguments import parse_args, upstream_words
 from megatron_prores.plan.elsewhere import (
     ASSUMED_CAPABILITY,
     ASSUMED_TE,
@@ -120,7 +121,13 @@ def build_plan(
             memory=memory_of(args, held),
             curves=curves_of(prores, args.num_layers, openings, timeline),
             warnings=[
-                *advice(args, prores, seconds_per_step=seconds_per_step, time_limit=time_limit),
+                *advice(
+                    args,
+                    prores,
+                    argv=sys.argv[1:],
+                    seconds_per_step=seconds_per_step,
+                    time_limit=time_limit,
+                ),
                 *layout_warnings(args, groups, gpus_per_node),
             ],
             notes=list(notes),
@@ -135,7 +142,7 @@ def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
         if isinstance(error.__context__, ImportError):
             notes.add(f"not checked, for want of a package: {error}")
             return
-        raise UserError(f"Megatron refuses these flags: {error}") from error
+        raise UserError(upstream_words(error)) from error
 
 
 @contextmanager

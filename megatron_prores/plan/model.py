@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_prores.errors import UserError
-from megatron_prores.layer import ProResLayerMixin
 from megatron_prores.plan.elsewhere import replaced
 
 
@@ -170,10 +169,6 @@ def build_chunks(config: Any) -> list[Any]:
             "these flags are right, but the planner cannot build their model: it has parts that "
             f"exist only in Transformer Engine ({str(error) or type(error).__name__})"
         ) from error
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, ProResLayerMixin):
-                module.alpha = torch.ones((), dtype=torch.float32)
     return list(chunks)
 
 

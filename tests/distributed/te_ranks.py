@@ -143,6 +143,70 @@ def _parts_of(layer: Any) -> dict[str, str]:
     return {key: getattr(value, "__name__", str(value)) for key, value in named.items() if value}
 
 
+def inspect_fused_norms(directory: str) -> None:
+    """Writes where a branch's spec has a norm fused in, for each placement and kind of branch."""
+    import torch
+    import torch.nn.functional as F
+    from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+        HeterogeneousTransformerConfig,
+    )
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_prores import specs
+    from megatron_prores.placement import PLACEMENTS
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    common: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "transformer_impl": "transformer_engine",
+    }
+    linear = {"replace_with_linear": True, "num_query_groups": None}
+    blocks = [{"attention": linear, "mlp": {"replace_with_linear": True, "ffn_hidden_size": None}}]
+    kinds = {
+        "latent attention": MLATransformerConfig(
+            **common, multi_latent_attention=True, mla_down_proj_fusion=True, qk_layernorm=True
+        ),
+        "gated delta net": TransformerConfig(
+            **common,
+            experimental_attention_variant="gated_delta_net",
+            linear_attention_freq=[1],
+            linear_conv_kernel_dim=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            linear_num_key_heads=4,
+            linear_num_value_heads=4,
+        ),
+        "linear": HeterogeneousTransformerConfig(
+            **common, heterogeneous_layers_config_encoded_json=json.dumps({"block_configs": blocks})
+        ),
+    }
+    found: dict[str, list[str]] = {}
+    for kind, config in kinds.items():
+        for placement in PLACEMENTS:
+            model = GPTModelConfig(transformer=config, vocab_size=64, seq_length=16)
+            spec: Any = specs.prores_layer_spec(model, norm_placement=placement)
+            parts = getattr(spec, "layer_specs", [spec])[0].submodules
+            found[f"{kind}, {placement}"] = [
+                place
+                for name in ("self_attention", "mlp")
+                for place in specs._find_module(
+                    getattr(parts, name), TELayerNormColumnParallelLinear, name
+                )
+            ]
+    Path(directory, "fused.json").write_text(json.dumps(found))
+
+
 def pretrain(*argv: str) -> None:
     """Runs the main program on the CPU device with Transformer Engine's modules in the model."""
     from megatron_prores.cpu import flags
@@ -159,7 +223,7 @@ if __name__ == "__main__":
     function, *words = sys.argv[1:]
     if function == "build_golden":
         build_golden(words[0], int(words[1]), words[2])
-    elif function == "inspect_specs":
-        inspect_specs(words[0])
+    elif function in ("inspect_specs", "inspect_fused_norms"):
+        globals()[function](words[0])
     else:
         pretrain(*words)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prores.placement import PLACEMENTS
 from tests.distributed.launch import run_ranks
 
 
@@ -139,6 +140,51 @@ def check_alpha_is_no_weight() -> None:
     assert torch.equal(layers.run(layer, x), x)
 
 
+def check_evaluation_keeps_no_graph(norm_placement: str, training: bool) -> None:
+    """Also in the first pass of a recomputed layer, which is one of training without gradients."""
+    from tests.distributed import layers
+
+    layers.initialize()
+    layer = layers.build_layer(prores=True, norm_placement=norm_placement).train(training)
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    for alpha in (0.3, 1.0):
+        layer.set_alpha(alpha)
+        x = layers.hidden_states().detach()
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+            output = layers.run(layer, x)
+        assert not output.requires_grad
+        assert not kept
+        # What an evaluation leaves out, training has.
+        layers.run(layer.train(), layers.hidden_states()).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        layer.train(training)
+        layer.zero_grad()
+
+
+def check_alpha_follows_a_model_from_the_meta_device() -> None:
+    """As Megatron-FSDP materializes a model: each module that owns parameters, and no other."""
+    from megatron_prores.config import ProResConfig
+    from megatron_prores.warmup import ResidualWarmup
+    from tests.distributed import layers
+
+    layers.initialize()
+    with torch.device("meta"):
+        layer = layers.build_layer(prores=True, norm_placement="sandwich").to("meta")
+    for module in layer.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+    assert layer.alpha.is_meta
+    warmup = ResidualWarmup(ProResConfig(warmup_iters=40), 4, [layer])
+    warmup.set_step(5)
+    assert layer.alpha.item() == pytest.approx(5 / 20)
+    layers.run(layer, layers.hidden_states())
+
+
 CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
     (check_closed_layer_is_the_identity, (None,)),
     (check_closed_layer_is_the_identity, (4,)),
@@ -148,6 +194,9 @@ CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
     (check_no_extra_activation_is_kept, (torch.float32,)),
     (check_no_extra_activation_is_kept, (torch.bfloat16,)),
     (check_alpha_is_no_weight, ()),
+    *((check_evaluation_keeps_no_graph, (name, False)) for name in PLACEMENTS),
+    (check_evaluation_keeps_no_graph, ("post", True)),
+    (check_alpha_follows_a_model_from_the_meta_device, ()),
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,3 +92,89 @@ def test_every_schedule_starts_from_the_same_weights(
     none, linear = weights
     assert none.keys() == linear.keys()
     assert all(np.array_equal(none[name], linear[name]) for name in none)
+
+
+def check_shared_experts_have_their_own_gain() -> None:
+    """DeepNorm's gains are Xavier's: they depend on the width of the expert."""
+    import torch
+
+    from megatron_prores.config import ProResConfig
+    from megatron_prores.init import finish
+    from tests.distributed import layers
+
+    layers.initialize()
+    widths = {"experts": 32, "shared_experts": 48}
+    layer = layers.build_layer(
+        prores=True,
+        experts=2,
+        norm_placement="deepnorm",
+        moe_shared_expert_intermediate_size=widths["shared_experts"],
+    )
+    before = {name: weight.clone() for name, weight in layer.mlp.named_parameters()}
+    finish(
+        [SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))],
+        ProResConfig(norm_placement="deepnorm"),
+    )
+    rescaled = 0
+    for name, weight in layer.mlp.named_parameters():
+        if "linear_fc" not in name:
+            assert torch.equal(weight, before[name])
+            continue
+        width = widths[name.split(".")[0]]
+        deviation = (8 * 4) ** -0.25 * math.sqrt(2 / (layers.HIDDEN + width))
+        torch.testing.assert_close(weight / before[name], torch.full_like(weight, deviation / 0.02))
+        rescaled += 1
+    assert rescaled == 2 * 2 + 2
+
+
+def check_zero_centered_norms_start_below_zero() -> None:
+    """With --apply-layernorm-1p a norm multiplies by 1 + weight."""
+    import torch
+
+    from megatron_prores.config import ProResConfig
+    from megatron_prores.init import finish
+    from tests.distributed import layers
+
+    layers.initialize()
+    for zero_centered in (False, True):
+        layer = layers.build_layer(prores=True, norm_placement="lns", layer_number=4)
+        # The local norms cannot do it themselves.
+        layer.config.layernorm_zero_centered_gamma = zero_centered
+        chunk = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))
+        finish([chunk], ProResConfig(norm_placement="lns"))
+        for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+            expected = torch.full_like(norm.weight, 0.5 - zero_centered)
+            assert torch.equal(norm.weight, expected)
+
+
+@pytest.mark.parametrize(
+    "check", [check_shared_experts_have_their_own_gain, check_zero_centered_norms_start_below_zero]
+)
+def test_initial_weights(check: Callable[[], None], tmp_path: Path) -> None:
+    job = run_ranks(tmp_path, check)
+    assert job.succeeded, job.output[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("without --disable-bias-linear", "self_attention.linear_proj.bias"),
+        ("without --swiglu", "its MLP has no gate"),
+        ("--qk-layernorm", "self_attention.q_layernorm.weight"),
+        ("--position-embedding-type learned_absolute", "embedding.position_embeddings.weight"),
+        ("--mtp-num-layers 1", "mtp.layers.0"),
+    ],
+)
+def test_llama_names_lose_no_weight(
+    change: str, complaint: str, text: Text, tmp_path: Path
+) -> None:
+    """A parameter that has no Llama name is an error, and not left out."""
+    argv = [*MODEL, *text.flags, "--train-iters", "1"]
+    if change.startswith("without "):
+        argv.remove(change.removeprefix("without "))
+    else:
+        argv += change.split()
+    job = run_ranks(tmp_path, golden_ranks.write_initial_statistics, (argv, 512, str(tmp_path)))
+    assert not job.succeeded
+    assert "ValueError: no Llama names" in job.output
+    assert complaint in job.output

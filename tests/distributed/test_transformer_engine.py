@@ -86,6 +86,23 @@ def test_which_module_stands_where(tmp_path: Path) -> None:
             assert parts["q_layernorm"] == ("TENorm" if has_query_norm else "IdentityOp")
 
 
+FUSED_INTO = {
+    "latent attention": ["self_attention.linear_qkv_down_proj", "mlp.linear_fc1"],
+    "gated delta net": ["self_attention.in_proj", "mlp.linear_fc1"],
+    "linear": ["self_attention", "mlp"],
+}
+
+
+def test_no_norm_is_left_in_front_under_another_name(tmp_path: Path) -> None:
+    run_te("inspect_fused_norms", str(tmp_path))
+    found = json.loads((tmp_path / "fused.json").read_text())
+    assert found == {
+        f"{kind}, {name}": places if placement.norm_input else []
+        for kind, places in FUSED_INTO.items()
+        for name, placement in PLACEMENTS.items()
+    }
+
+
 CASES = ("pre_prores", "sandwich_prores", "post_prores", "deeppost_prores", "lns_prores")
 
 

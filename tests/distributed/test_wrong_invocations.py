@@ -5,15 +5,17 @@ The table is tests/wrong_invocations.py.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import MAIN_PROGRAM
+from tests.distributed.launch import MAIN_PROGRAM, run_job
 from tests.refusals import (
     SECONDS,
     assert_refused,
@@ -75,3 +77,20 @@ def test_under_torchrun_the_line_is_told_although_the_silent_rank_ends_first(
     assert len(errors) == 1, result.stderr
     assert "alpha of layer 1 is 2.0" in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["slow.py"]
+
+
+def ask_for_the_traceback() -> None:
+    os.environ["PRORES_TRACEBACK"] = "1"
+
+
+@pytest.mark.parametrize("wanted", [None, ask_for_the_traceback])
+def test_a_line_can_be_traced_back(wanted: Callable[[], None] | None, tmp_path: Path) -> None:
+    """What Megatron refuses is one line, which names the variable that shows where."""
+    argv = [*shlex.split(MOCK), "--pipeline-model-parallel-size", "3"]
+    job = run_job(tmp_path, argv, prepare=wanted)
+    assert job.exit_codes == [2]
+    last = job.output.splitlines()[-1]
+    assert last.startswith("error: Megatron refuses these flags: ")
+    assert last.endswith("(PRORES_TRACEBACK=1 shows where)")
+    for words in ("Traceback", "megatron/training/arguments.py"):
+        assert (words in job.output) == (wanted is not None)

@@ -1,0 +1,102 @@
+"""The rules of what is refused, as data: a flag, whether it is given, and why it cannot work.
+
+docs/flags.md lists every flag of Megatron's parser with its verdict; tests/unit/test_flag_list.py
+keeps that list, these rules, and the parser together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Rule = tuple[str, Callable[[Any], bool], str]
+"""(the flag as the user gave it, whether it is given, why it cannot work)."""
+
+
+def is_true(destination: str) -> Callable[[Any], bool]:
+    """Return a condition: the flag is given, with a value that is not false."""
+    return lambda args: bool(getattr(args, destination, None))
+
+
+NOT_WITH_OWN_LAYER: tuple[Rule, ...] = (
+    (
+        "--transformer-impl inference_optimized",
+        lambda a: a.transformer_impl == "inference_optimized",
+        "its kernels add the residual themselves, without alpha or added norms",
+    ),
+    (
+        "--inference-fuse-tp-communication",
+        is_true("inference_fuse_tp_communication"),
+        "its kernels add the residual themselves, without alpha or added norms",
+    ),
+    (
+        "--fused-residual-rmsnorm",
+        is_true("fused_residual_rmsnorm"),
+        "the fused norm takes over the residual addition, without alpha or added norms",
+    ),
+    (
+        "--spec",
+        lambda a: a.spec is not None,
+        "the layer spec is built from Megatron's own flags",
+    ),
+)
+"""Paths of upstream that add the residual somewhere else than in the bias-dropout-add of a layer
+that this project can exchange. Refused with ProRes, and with norms behind a branch."""
+
+ONLY_WITH_TRANSFORMER_ENGINE: tuple[Rule, ...] = (
+    ("--fp8-format", lambda a: a.fp8 is not None, "its GEMMs are Transformer Engine's"),
+    ("--fp4-format", lambda a: a.fp4 is not None, "its GEMMs are Transformer Engine's"),
+    ("--tp-comm-overlap", is_true("tp_comm_overlap"), "Transformer Engine's linears overlap it"),
+)
+
+NOT_WITH_NORM_BEHIND_THE_SUM: tuple[Rule, ...] = (
+    (
+        "--fp32-residual-connection",
+        is_true("fp32_residual_connection"),
+        "the norm is part of the residual stream",
+    ),
+    (
+        "--use-transformer-engine-op-fuser",
+        is_true("use_transformer_engine_op_fuser"),
+        "it fuses the MLP with a norm before it, which this placement has not",
+    ),
+)
+
+NOT_WITH_OWN_NORMS: tuple[Rule, ...] = (
+    (
+        "--mtp-num-layers",
+        is_true("mtp_num_layers"),
+        "Megatron's prediction layers have their norms before the branches",
+    ),
+)
+
+NOT_WITH_OWN_INIT: tuple[Rule, ...] = (
+    ("--use-mup", is_true("use_mup"), "both say how weights start"),
+)
+
+_DRAWN_BEFORE = "the float32 weights that it keeps are drawn before DeepNorm's gains are applied"
+
+NOT_WITH_DEEPNORM_INIT: tuple[Rule, ...] = (
+    (
+        "--multi-latent-attention",
+        is_true("multi_latent_attention"),
+        "DeepNorm's gains are defined for separate query, key and value projections",
+    ),
+    (
+        "--attention-output-gate",
+        is_true("attention_output_gate"),
+        "DeepNorm's gains are not defined for the gate beside the query",
+    ),
+    (
+        "--experimental-attention-variant",
+        is_true("experimental_attention_variant"),
+        "DeepNorm's gains are defined for separate query, key and value projections",
+    ),
+    (
+        "--moe-latent-size",
+        is_true("moe_latent_size"),
+        "DeepNorm has no gain for the projections into and out of the latent space",
+    ),
+    ("--fp8-param-gather", is_true("fp8_param_gather"), _DRAWN_BEFORE),
+    ("--fp4-param-gather", is_true("fp4_param_gather"), _DRAWN_BEFORE),
+)
