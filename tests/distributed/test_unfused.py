@@ -56,7 +56,13 @@ def check_every_known_place() -> None:
     assert found["self_attention"].submodules.linear_qkv is ColumnParallelLinear
     found = parts(attention(GatedDeltaNetSubmodules(in_proj=fused)))
     assert found["self_attention"].submodules.in_proj is ColumnParallelLinear
-    latent = MLASelfAttentionSubmodules(linear_qkv_down_proj=fused, linear_q_up_proj=fused)
+    latent = MLASelfAttentionSubmodules(
+        linear_qkv_down_proj=fused,
+        linear_q_up_proj=fused,
+        linear_proj=object,
+        q_layernorm=object,
+        kv_layernorm=object,
+    )
     found = parts(attention(latent))
     assert found["self_attention"].submodules.linear_qkv_down_proj is Duplicated
     # The norm of the latents is a part of the branch.
