@@ -5,6 +5,7 @@
 #   bash tests/run.sh --quick         # the same checks, but only the tests in tests/unit
 #   bash tests/run.sh --gpu           # only the tests in tests/gpu, for a machine with GPUs
 #   bash tests/run.sh -k warmup       # what is left of the arguments goes to pytest
+#   bash tests/run.sh --random-models 200 --random-seed 7    # as many random models, of that seed
 #
 # The first run makes the environment (scripts/setup.sh, which see for its settings). A check that
 # fails does not keep the tests from running, but fails the whole: exit code 0 means all is well.

@@ -282,6 +282,10 @@ _LAYOUT = (
     Row("layout with layers missing",
         f"{MOCK} --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL",
         ("layer",), ranks=2),
+    Row("layout with prediction layers on the rank of the embedding",
+        f"{MOCK} --pipeline-model-parallel-size 2 --mtp-num-layers 1 "
+        "--position-embedding-type rope --pipeline-model-parallel-layout Ett|tt|m|L",
+        ("Ett|tt|m|L", "rank 0"), ranks=2),
     Row("layout with a rank that has nothing",
         f"{MOCK} --pipeline-model-parallel-size 3 --pipeline-model-parallel-layout E||ttttL "
         "--save {{w}}/new",

@@ -206,20 +206,27 @@ def _check_virtual_stages(args: Any) -> None:
 
 
 def _check_layout(args: Any) -> None:
-    """Refuses checkpoints where a pipeline rank has no weights: it can load none."""
-    if args.pipeline_model_parallel_layout is None or not (args.save or args.load):
+    """Refuses layouts that Megatron takes, and then cannot load or never finishes to build."""
+    if args.pipeline_model_parallel_layout is None:
         return
+    from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     layout = str(args.pipeline_model_parallel_layout)
     stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
     ranks = args.pipeline_model_parallel_size
+    has_checkpoints = args.save or args.load
     for rank in range(ranks):
-        if not any(stages[rank::ranks]):
+        if has_checkpoints and not any(stages[rank::ranks]):
             raise UserError(
                 f"--pipeline-model-parallel-layout {layout}: pipeline rank {rank} has nothing; "
                 "Megatron cannot load a checkpoint there"
             )
+    if ranks > 1 and any(LayerType.mtp in stage for stage in stages[::ranks]):
+        raise UserError(
+            f"--pipeline-model-parallel-layout {layout}: prediction layers are on pipeline rank 0, "
+            "which has the embedding already; Megatron then waits for ever for another copy of it"
+        )
 
 
 def _refuse_division(flag: str, value: int, by: str, divisor: int) -> None:

@@ -214,6 +214,7 @@ def run_job(
     ranks: int = 1,
     program: Path = MAIN_PROGRAM,
     prepare: Callable[[], None] | None = None,
+    timeout: float = 240.0,
 ) -> Job:
     """Runs the main program, or another, on ``ranks`` processes.
 
@@ -223,9 +224,10 @@ def run_job(
         ranks: World size.
         program: The program to run.
         prepare: Called in each rank before the program, to plant a fault.
+        timeout: As in :func:`run_ranks`.
     """
     argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]
-    return run_ranks(directory, _run_program, (str(program), argv, prepare), ranks)
+    return run_ranks(directory, _run_program, (str(program), argv, prepare), ranks, timeout)
 
 
 def _read(directory: Path, rank: int) -> dict[int, dict[int, float]]:
