@@ -225,7 +225,7 @@ def _check_layout(args: Any) -> None:
     if ranks > 1 and any(LayerType.mtp in stage for stage in stages[::ranks]):
         raise UserError(
             f"--pipeline-model-parallel-layout {layout}: prediction layers are on pipeline rank 0, "
-            "which has the embedding already; Megatron then waits for ever for another copy of it"
+            "which has the embedding already; Megatron hangs there, or lets a copy of it drift"
         )
 
 

@@ -31,9 +31,9 @@ LAYOUTS = {
     "tensor and data ranks, in samples": ("--tensor-model-parallel-size 2 --global-batch-size 4 "
                                           "--untie-embeddings-and-output-weights "
                                           "--position-embedding-type rope", 4),
-    "a prediction layer on a stage of its own": (
-                      "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Ettt|tm|L "
-                      "--mtp-num-layers 1 --global-batch-size 2 --position-embedding-type rope", 3),
+    "a prediction layer in a layout": (
+                      "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tmL "
+                      "--mtp-num-layers 1 --global-batch-size 2 --position-embedding-type rope", 2),
 }  # fmt: skip
 
 
