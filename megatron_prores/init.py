@@ -130,8 +130,9 @@ def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
         of_group += [factor(hidden, key, 1.0)] * channels + [factor(hidden, key, gain)] * channels
         qkv = attention.linear_qkv.weight
         shares = len(of_group) * groups // qkv.size(0)
-        rows = qkv.new_tensor(of_group * groups).chunk(shares)[get_tensor_model_parallel_rank()]
-        qkv.mul_(rows.unsqueeze(-1))
+        # Float32, whatever the weights are.
+        factors = torch.tensor(of_group * groups, device=qkv.device).chunk(shares)
+        qkv.mul_(factors[get_tensor_model_parallel_rank()].unsqueeze(-1))
         attention.linear_proj.weight.mul_(factor(query, hidden, gain))
     elif not isinstance(attention, IdentityOp):
         raise UserError(

@@ -144,24 +144,32 @@ def _parts_of(layer: Any) -> dict[str, str]:
 
 
 def inspect_fused_norms(directory: str) -> None:
-    """Writes where a branch's spec has a norm fused in, for each placement and kind of branch."""
+    """Writes where a branch's spec has a norm fused in, for each placement and kind of branch.
+
+    And what ``lns`` makes of the norms of layer 4, of ordinary and of zero-centered ones.
+    """
+    from types import SimpleNamespace
+
     import torch
     import torch.nn.functional as F
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
     from megatron.core.transformer.heterogeneous.heterogeneous_config import (
         HeterogeneousTransformerConfig,
     )
+    from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_prores import specs
+    from megatron_prores import init, specs
+    from megatron_prores.config import ProResConfig
     from megatron_prores.placement import PLACEMENTS
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
     common: dict[str, Any] = {
-        "num_layers": 1,
+        "num_layers": 4,
         "hidden_size": 64,
         "ffn_hidden_size": 128,
         "num_attention_heads": 4,
@@ -172,7 +180,8 @@ def inspect_fused_norms(directory: str) -> None:
         "transformer_impl": "transformer_engine",
     }
     linear = {"replace_with_linear": True, "num_query_groups": None}
-    blocks = [{"attention": linear, "mlp": {"replace_with_linear": True, "ffn_hidden_size": None}}]
+    block = {"attention": linear, "mlp": {"replace_with_linear": True, "ffn_hidden_size": None}}
+    blocks = [block] * 4
     kinds = {
         "latent attention": MLATransformerConfig(
             **common, multi_latent_attention=True, mla_down_proj_fusion=True, qk_layernorm=True
@@ -180,7 +189,7 @@ def inspect_fused_norms(directory: str) -> None:
         "gated delta net": TransformerConfig(
             **common,
             experimental_attention_variant="gated_delta_net",
-            linear_attention_freq=[1],
+            linear_attention_freq=[1] * 4,
             linear_conv_kernel_dim=4,
             linear_key_head_dim=16,
             linear_value_head_dim=16,
@@ -191,6 +200,7 @@ def inspect_fused_norms(directory: str) -> None:
             **common, heterogeneous_layers_config_encoded_json=json.dumps({"block_configs": blocks})
         ),
     }
+    norms: dict[str, dict[str, float]] = {}
     found: dict[str, list[str]] = {}
     for kind, config in kinds.items():
         for placement in PLACEMENTS:
@@ -204,7 +214,21 @@ def inspect_fused_norms(directory: str) -> None:
                     getattr(parts, name), TELayerNormColumnParallelLinear, name
                 )
             ]
-    Path(directory, "fused.json").write_text(json.dumps(found))
+        if kind == "gated delta net":
+            continue  # its module asks for a library of GPU kernels when it is built
+        for zero_centered in (False, True):
+            config.layernorm_zero_centered_gamma = zero_centered
+            spec = specs.prores_layer_spec(model, norm_placement="lns")
+            spec = getattr(spec, "layer_specs", [spec])[0]
+            layer = build_module(spec, config=config, layer_number=4)
+            chunk = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))
+            init.finish([chunk], ProResConfig(norm_placement="lns"))
+            norms[f"{kind}, {zero_centered}"] = {
+                name: weight.mean().item()
+                for name, weight in layer.named_parameters()
+                if "layer_norm" in name
+            }
+    Path(directory, "fused.json").write_text(json.dumps({"places": found, "norms": norms}))
 
 
 def pretrain(*argv: str) -> None:

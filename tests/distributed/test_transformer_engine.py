@@ -96,11 +96,19 @@ FUSED_INTO = {
 def test_no_norm_is_left_in_front_under_another_name(tmp_path: Path) -> None:
     run_te("inspect_fused_norms", str(tmp_path))
     found = json.loads((tmp_path / "fused.json").read_text())
-    assert found == {
+    assert found["places"] == {
         f"{kind}, {name}": places if placement.norm_input else []
         for kind, places in FUSED_INTO.items()
         for name, placement in PLACEMENTS.items()
     }
+    # Layer 4 of lns: 1/sqrt(4), which a zero-centered norm has as 1 + weight.
+    for kind in ("latent attention", "linear"):
+        for zero_centered in (False, True):
+            norms = found["norms"][f"{kind}, {zero_centered}"]
+            before = {f"{place}.layer_norm_weight" for place in FUSED_INTO[kind]}
+            assert before <= norms.keys()
+            for name, mean in norms.items():
+                assert mean == (0.5 if name in before else 1.0) - zero_centered, name
 
 
 CASES = ("pre_prores", "sandwich_prores", "post_prores", "deeppost_prores", "lns_prores")
