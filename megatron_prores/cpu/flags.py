@@ -54,11 +54,6 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         "torch's norms on the CPU take no float32 input beside bfloat16 weights",
     ),
     (
-        "--apply-layernorm-1p",
-        lambda a: a.layernorm_zero_centered_gamma,
-        "torch's norms do not add 1 to their weight",
-    ),
-    (
         "--cuda-graph-impl",
         lambda a: a.cuda_graph_impl != "none",
         "there is no CUDA graph without CUDA",
@@ -74,7 +69,6 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         "gloo has no uneven all-to-all; use --moe-token-dispatcher-type allgather",
     ),
     ("--moe-grouped-gemm", lambda a: a.moe_grouped_gemm, "the grouped GEMM is a CUDA kernel"),
-    ("--tp-comm-overlap", lambda a: a.tp_comm_overlap, "it needs Transformer Engine"),
     ("--use-torch-fsdp2", lambda a: a.use_torch_fsdp2, "use --use-distributed-optimizer"),
     ("--use-megatron-fsdp", lambda a: a.use_megatron_fsdp, "use --use-distributed-optimizer"),
     (

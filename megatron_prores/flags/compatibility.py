@@ -55,7 +55,7 @@ def check_flags(args: Any) -> None:
             "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
             "is not installed: install megatron-prores[te], or use --transformer-impl local"
         )
-    elif args.transformer_impl == "local":
+    if args.transformer_impl == "local":
         _refuse(args, ONLY_WITH_TRANSFORMER_ENGINE, "cannot be used with --transformer-impl local")
     if args.device == "cuda" and args.gradient_accumulation_fusion:
         _check_gradient_accumulation_fusion()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_prores.environment import is_installed
 from megatron_prores.flags.rules import Rule, is_true
 
 # Flags of upstream that its 0.19.2 drops on the way to what they should change: a run would train
@@ -133,8 +134,23 @@ FAILS_IN_MEGATRON: tuple[Rule, ...] = (
         "--untie-embeddings-and-output-weights, or --pipeline-model-parallel-layout with the "
         "prediction layers on a stage before the last",
     ),
+    (
+        "--experimental-attention-variant gated_delta_net",
+        lambda a: a.experimental_attention_variant == "gated_delta_net" and not is_installed("fla"),
+        "it needs flash-linear-attention, which is not installed",
+    ),
+    (
+        "--num-experts with biases and --moe-token-dispatcher-type allgather",
+        lambda a: (
+            bool(a.num_experts)
+            and a.add_bias_linear
+            and a.moe_token_dispatcher_type == "allgather"
+            and not a.skip_train
+        ),
+        "Megatron ends the first training step there; give --disable-bias-linear",
+    ),
 )
-"""Combinations that Megatron 0.19 hangs at, or cannot save."""
+"""Combinations that Megatron 0.19 hangs at, ends with a traceback, or cannot save."""
 
 _OTHER_TOKENIZERS = ("MultimodalTokenizer", "NullMultimodalTokenizer", "SFTTokenizer")
 

@@ -50,6 +50,16 @@ ONLY_WITH_TRANSFORMER_ENGINE: tuple[Rule, ...] = (
     ("--fp4-format", lambda a: a.fp4 is not None, "its GEMMs are Transformer Engine's"),
     ("--tp-comm-overlap", is_true("tp_comm_overlap"), "Transformer Engine's linears overlap it"),
     (
+        "--experimental-attention-variant",
+        is_true("experimental_attention_variant"),
+        "Megatron builds it from Transformer Engine's modules",
+    ),
+    (
+        "--moe-latent-size",
+        is_true("moe_latent_size"),
+        "its projections are Transformer Engine's",
+    ),
+    (
         "--apply-layernorm-1p",
         lambda a: (
             a.layernorm_zero_centered_gamma
