@@ -156,7 +156,8 @@ _DEVICE = (
     Row("FP8 on the CPU", f"{MOCK} --fp8-format hybrid", ("--fp8", "--device cpu")),
     Row("CUDA graphs on the CPU", f"{MOCK} --cuda-graph-impl local", ("--cuda-graph-impl",)),
     Row("all-to-all on the CPU",
-        f"{MOCK} --num-experts 2 --moe-token-dispatcher-type alltoall",
+        f"{MOCK} --num-experts 2 --moe-token-dispatcher-type alltoall --disable-bias-linear "
+        "--expert-model-parallel-size 2",
         ("--moe-token-dispatcher-type", "--device cpu")),
 )  # fmt: skip
 

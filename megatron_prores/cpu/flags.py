@@ -65,7 +65,11 @@ NOT_ON_CPU: tuple[Rule, ...] = (
     ),
     (
         "--moe-token-dispatcher-type",
-        lambda a: a.num_experts is not None and a.moe_token_dispatcher_type != "allgather",
+        lambda a: (
+            a.num_experts is not None
+            and a.moe_token_dispatcher_type != "allgather"
+            and (a.expert_model_parallel_size > 1 or a.moe_token_dispatcher_type == "flex")
+        ),
         "gloo has no uneven all-to-all; use --moe-token-dispatcher-type allgather",
     ),
     ("--moe-grouped-gemm", lambda a: a.moe_grouped_gemm, "the grouped GEMM is a CUDA kernel"),

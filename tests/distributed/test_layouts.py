@@ -99,6 +99,9 @@ def test_experts_on_two_ranks_give_the_run_of_one(text: Text, tmp_path: Path) ->
     assert one.succeeded, one.output[-3000:]
     two = run_job(tmp_path / "two", [*load, "--expert-model-parallel-size", "2"], ranks=2)
     assert_same_run(two, one)
+    # Megatron's other dispatcher needs nothing of gloo while each rank has all experts.
+    alltoall = [*load, "--moe-token-dispatcher-type", "alltoall"]
+    assert_same_run(run_job(tmp_path / "alltoall", alltoall), one)
 
 
 def test_prediction_layers_are_no_part_of_the_warmup(text: Text, tmp_path: Path) -> None:
