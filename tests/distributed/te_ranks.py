@@ -82,21 +82,12 @@ def build_golden(case: str, tensor_parallel: int, directory: str) -> None:
         Path(directory, "model.json").write_text(json.dumps({"parts": parts, "norms": norms}))
 
 
-def inspect_specs(directory: str) -> None:
-    """Writes which modules the spec of each placement names, for dense, MoE and MLA layers."""
-    import torch
+def _common_config() -> dict[str, Any]:
+    """Describes Llama-like layers of Transformer Engine, for Megatron's configurations."""
     import torch.nn.functional as F
-    from megatron.core import parallel_state
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-    from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_prores.placement import PLACEMENTS
-    from megatron_prores.specs import prores_layer_spec
-
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    common: dict[str, Any] = {
-        "num_layers": 2,
+    return {
+        "num_layers": 4,
         "hidden_size": 64,
         "ffn_hidden_size": 128,
         "num_attention_heads": 4,
@@ -106,6 +97,21 @@ def inspect_specs(directory: str) -> None:
         "add_bias_linear": False,
         "transformer_impl": "transformer_engine",
     }
+
+
+def inspect_specs(directory: str) -> None:
+    """Writes which modules the spec of each placement names, for dense, MoE and MLA layers."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_prores.placement import PLACEMENTS
+    from megatron_prores.specs import prores_layer_spec
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    common = _common_config()
     experts = {"num_moe_experts": 2, "moe_ffn_hidden_size": 128, "moe_grouped_gemm": True}
     kinds = {
         "dense": TransformerConfig(**common),
@@ -151,7 +157,6 @@ def inspect_fused_norms(directory: str) -> None:
     from types import SimpleNamespace
 
     import torch
-    import torch.nn.functional as F
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
     from megatron.core.transformer.heterogeneous.heterogeneous_config import (
@@ -168,17 +173,7 @@ def inspect_fused_norms(directory: str) -> None:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    common: dict[str, Any] = {
-        "num_layers": 4,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_attention_heads": 4,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "transformer_impl": "transformer_engine",
-    }
+    common = _common_config()
     linear = {"replace_with_linear": True, "num_query_groups": None}
     block = {"attention": linear, "mlp": {"replace_with_linear": True, "ffn_hidden_size": None}}
     blocks = [block] * 4
