@@ -1,7 +1,8 @@
 """Run-time replacements of functions: applied once however often asked for, listed, undone.
 
-A replaced function runs the stock one inside of its wrappers. A wrapper is known by where it was
-defined: the same one again, with other things to hold on to, takes the place of the first.
+A replaced function runs the stock one inside of its wrappers. A wrapper is known by its purpose,
+which is where a function was defined: the same one again, with other things to hold on to, takes the
+place of the first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Replacement:
     """The stock function as its owner holds it: in a class perhaps a static method; None: it is
     inherited."""
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    """Where a wrapper was defined -> the wrapper, innermost first."""
+    """Purpose -> the wrapper, innermost first."""
 
     def install(self) -> None:
         """Puts the function that runs the wrappers into the place of the stock one."""
@@ -71,15 +72,23 @@ def _call_wrapped(
 _replacements: list[Replacement] = []
 
 
-def wrap(owner: ModuleType | type, name: str, needs: tuple[str, ...], wrapper: Wrapper) -> None:
+def wrap(
+    owner: ModuleType | type,
+    name: str,
+    needs: tuple[str, ...],
+    wrapper: Wrapper,
+    purpose: Callable[..., Any] | None = None,
+) -> None:
     """Replaces ``owner.name`` by ``wrapper(stock call, arguments by name)``.
 
     Args:
         owner: The module or class that callers look the function up in.
         name: Its name there.
         needs: Parameters of the stock function that the wrapper relies on.
-        wrapper: Runs around those that are there already; takes the place of an earlier one that
-            was defined at the same place.
+        wrapper: Runs around those that are there already; takes the place of an earlier one of the
+            same purpose.
+        purpose: What the wrapper is known by: where this function is defined, or, without one,
+            where the wrapper is.
 
     Raises:
         RuntimeError: The installed Megatron has no such function, or not with these parameters.
@@ -100,14 +109,15 @@ def wrap(owner: ModuleType | type, name: str, needs: tuple[str, ...], wrapper: W
         replacement = Replacement(owner, name, current, vars(owner).get(name))
         replacement.install()
         _replacements.append(replacement)
-    replacement.wrappers[_place(wrapper)] = wrapper
+    replacement.wrappers[_place(purpose or wrapper)] = wrapper
 
 
-def undo(feature: Callable[..., Any]) -> None:
-    """Takes away the wrappers that are defined in a function, such as ``call_around_steps``."""
+def undo(purpose: Callable[..., Any]) -> None:
+    """Takes away the wrappers of a purpose, and those that are defined inside of that function."""
+    place = _place(purpose)
     for replacement in _replacements:
-        for place in [p for p in replacement.wrappers if p.startswith(f"{_place(feature)}.")]:
-            del replacement.wrappers[place]
+        for known in [w for w in replacement.wrappers if w == place or w.startswith(f"{place}.")]:
+            del replacement.wrappers[known]
     _restore_unwrapped()
 
 
@@ -126,7 +136,7 @@ def undone_afterwards() -> Iterator[None]:
 
 
 def listed() -> dict[str, list[str]]:
-    """Lists the replaced functions: full name -> where their wrappers are defined."""
+    """Lists the replaced functions: full name -> the purposes of their wrappers."""
     return {
         f"{replacement.owner.__name__}.{replacement.name}": list(replacement.wrappers)
         for replacement in _replacements

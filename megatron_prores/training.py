@@ -62,7 +62,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
         upstream.call_around_steps(run.before_forward, run.after_logging)
     else:
-        undo(upstream.call_around_steps)
+        undo(ProResRun.before_forward)
     return config
 
 

@@ -24,6 +24,8 @@ def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None
     Both get the number of completed iterations, from the counter that a checkpoint restores. (The
     global ``args.curr_iteration`` would not do: it is one behind in the evaluation after a step.)
 
+    Several may ask; one that asks again, with the same function of another object, is called once.
+
     Args:
         before_forward: Called on every rank before the forward passes of each training step and of
             each evaluation, outside anything that is captured, replayed or recomputed.
@@ -47,9 +49,12 @@ def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None
         after_logging(named["iteration"])
         return result
 
-    wrap(training, "train_step", ("iteration",), train_step)
-    wrap(training, "evaluate_and_print_results", ("iteration",), evaluate)
-    wrap(training, "training_log", ("iteration",), training_log)
+    for name, wrapper in (
+        ("train_step", train_step),
+        ("evaluate_and_print_results", evaluate),
+        ("training_log", training_log),
+    ):
+        wrap(training, name, ("iteration",), wrapper, purpose=before_forward)
 
 
 def spare_embedding_weight_decay() -> None:

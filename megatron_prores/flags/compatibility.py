@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron_prores.config import OFF, ProResConfig
@@ -143,6 +144,9 @@ def check_files(args: Any) -> None:
     """
     check_directories(args)
     check_checkpoint_is_there(args)
+    layers = args.heterogeneous_layers_config_path
+    if layers is not None and not os.path.isfile(layers):
+        raise UserError(f"--heterogeneous-layers-config-path {layers}: no such file")
     if args.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: give the one that the data was made with")
     check_tokenizer_arguments(args)

@@ -153,7 +153,7 @@ def test_what_cannot_run_is_refused(complaint: str, text: Text, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "No such file"),
+        (None, "no such file"),
         ("{}", "hidden_act"),
         ("[1", "delimiter"),
     ],

@@ -65,12 +65,22 @@ def test_hooks_asked_for_twice_run_once_and_are_the_last_ones(
     untouched.setattr(training, "evaluate_and_print_results", lambda iteration: None)
     untouched.setattr(training, "training_log", lambda iteration: None)
     calls: list[object] = []
+
+    class Hook:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def before(self, step: int) -> None:
+            calls.append((self.name, step))
+
     for name in ("first", "second"):
-        upstream.call_around_steps(
-            lambda step, name=name: calls.append((name, step)), lambda iteration: None
-        )
+        upstream.call_around_steps(Hook(name).before, lambda iteration: None)
+    upstream.call_around_steps(lambda step: calls.append(("another", step)), lambda step: None)
     assert training.train_step(3) == "result"
-    assert calls == [("second", 3)]
+    assert calls == [("another", 3), ("second", 3)]
+    undo(Hook.before)
+    training.train_step(4)
+    assert calls[2:] == [("another", 4)]
 
 
 def module_with_functions() -> ModuleType:
