@@ -1,8 +1,8 @@
 """Run-time replacements of functions: applied once however often asked for, listed, undone.
 
-A replaced function runs the stock one inside of its wrappers. A wrapper is known by its purpose,
-which is where a function was defined: the same one again, with other things to hold on to, takes the
-place of the first.
+A replaced function runs the stock one inside of its wrappers. A wrapper is known by its purpose:
+where a function was defined. The same one again, with other things to hold on to, takes the place
+of the first.
 """
 
 from __future__ import annotations
