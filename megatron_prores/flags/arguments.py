@@ -230,8 +230,6 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
     try:
         with preflight.around_setup(datasets, saved, upstream_words):
             args = arguments.parse_and_validate_args(provider)
-    except OSError as error:
-        raise UserError(upstream_words(error)) from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         if (path := args.heterogeneous_layers_config_path) is None:
             raise
@@ -239,7 +237,7 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
             f"--heterogeneous-layers-config-path {path}: Megatron cannot read the model's layers "
             f"from it: {type(error).__name__}: {error} ({TRACEBACK}=1 shows where)"
         ) from error
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(upstream_words(error)) from error
     except SystemExit as error:
         # With exit code 0; rank 0 has printed why.
