@@ -507,11 +507,9 @@ _FLAGS = tuple(
          ("--fused-residual-rmsnorm", "--norm-placement sandwich")),
         ("--spec a b --prores-schedule none --norm-placement post",
          ("--spec", "--norm-placement post")),
-        ("--apply-layernorm-1p", ("--apply-layernorm-1p", "--transformer-impl local")),
+        ("--apply-layernorm-1p", ("--apply-layernorm-1p", "--device cpu")),
         ("--experimental-attention-variant dsa",
          ("--experimental-attention-variant", "--transformer-impl local")),
-        ("--experimental-attention-variant gated_delta_net",
-         ("--experimental-attention-variant gated_delta_net", "flash-linear-attention")),
         ("--num-experts 2 --moe-latent-size 8 --moe-token-dispatcher-type allgather "
          "--disable-bias-linear", ("--moe-latent-size", "--transformer-impl local")),
         ("--num-experts 2 --moe-token-dispatcher-type allgather",

@@ -54,6 +54,11 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         "torch's norms on the CPU take no float32 input beside bfloat16 weights",
     ),
     (
+        "--apply-layernorm-1p",
+        lambda a: a.layernorm_zero_centered_gamma,
+        "torch's norms do not add 1 to their weight",
+    ),
+    (
         "--cuda-graph-impl",
         lambda a: a.cuda_graph_impl != "none",
         "there is no CUDA graph without CUDA",

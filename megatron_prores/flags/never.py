@@ -136,7 +136,11 @@ FAILS_IN_MEGATRON: tuple[Rule, ...] = (
     ),
     (
         "--experimental-attention-variant gated_delta_net",
-        lambda a: a.experimental_attention_variant == "gated_delta_net" and not is_installed("fla"),
+        lambda a: (
+            a.experimental_attention_variant == "gated_delta_net"
+            and a.transformer_impl == "transformer_engine"
+            and not is_installed("fla")
+        ),
         "it needs flash-linear-attention, which is not installed",
     ),
     (

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_prores.environment import every_package
 from megatron_prores.errors import UserError
-from megatron_prores.flags import compatibility
+from megatron_prores.flags import compatibility, never
 from megatron_prores.flags.arguments import read_prores_flags
 from megatron_prores.flags.compatibility import check_flags
 from megatron_prores.flags.effects import NO_EFFECT, UNTRIED, effect_warnings
@@ -108,6 +108,14 @@ def test_a_refused_flag_ends_the_program_with_its_name(flag: str) -> None:
         check([*BASE, *words_of(flag, ACTIONS[flag])])
     assert flag in caught.value.words().split()
     assert "\n" not in caught.value.words()
+
+
+def test_gated_delta_net_asks_for_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*BASE, "--experimental-attention-variant", "gated_delta_net"]
+    check(words)
+    monkeypatch.setattr(never, "is_installed", lambda module: module != "fla")
+    with pytest.raises(UserError, match="flash-linear-attention, which is not installed"):
+        check(words)
 
 
 def test_what_the_rules_refuse_is_listed_as_refused() -> None:
