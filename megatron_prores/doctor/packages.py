@@ -23,9 +23,10 @@ from megatron_prores.doctor.finding import (
 )
 from megatron_prores.doctor.probe import Optional
 from megatron_prores.environment import is_installed
+from megatron_prores.replacement import WRITTEN_AGAINST
 
-UPSTREAM = "0.19.2"
-"""The version of megatron-core that upstream.py was written against."""
+UPSTREAM = WRITTEN_AGAINST
+"""The version of megatron-core that the run-time replacements were written against."""
 
 NEEDED_TORCH = (2, 11)
 
