@@ -13,14 +13,14 @@ import time
 
 PROGRAM_START = time.time()
 
-from megatron_prores import device  # noqa: E402
+from megatron_prores.command_line import device  # noqa: E402
+from megatron_prores.command_line.arguments import parse_args, read_prores_flags  # noqa: E402
 from megatron_prores.environment import check_environment  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
-from megatron_prores.flags.arguments import parse_args, read_prores_flags  # noqa: E402
 
 
 def main() -> None:
-    """Parses, builds, and hands over to Megatron's own training program."""
+    """Parse, builds, and hand over to Megatron's own training program."""
     check_environment(os.environ)
     _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
@@ -30,18 +30,18 @@ def main() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_prores import upstream
-    from megatron_prores.checkpoint_files import guard
+    from megatron_prores.checkpoint import guard
+    from megatron_prores.command_line.advice import advice
     from megatron_prores.data import index_cache
-    from megatron_prores.flags.advice import advice
-    from megatron_prores.gpt import (
+    from megatron_prores.training import lifecycle
+    from megatron_prores.training.gpt import (
         embedding_ranks,
         forward_step,
         train_valid_test_datasets_provider,
     )
-    from megatron_prores.monitor import close_tensorboard
-    from megatron_prores.run import lifecycle
-    from megatron_prores.training import model_config
+    from megatron_prores.training.prores_run import model_config
+    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.warmup.scalars import close_tensorboard
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     upstream.fork_data_workers()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_prores.custom_schedule import (
+from megatron_prores.errors import UserError
+from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.custom import (
     FILE,
     CustomSchedule,
     FileSchedule,
     is_custom,
     load_schedule,
 )
-from megatron_prores.errors import UserError
-from megatron_prores.placement import PLACEMENTS
-from megatron_prores.schedule import SCHEDULES, Alphas, alphas, opening_steps
+from megatron_prores.schedule.formulas import SCHEDULES, Alphas, alphas, opening_steps
 
 OFF = "none"
 """The schedule that is no schedule: plain Megatron, no class of ours in the model."""
@@ -105,8 +106,28 @@ class ProResConfig:
         """The sha256 of the file that the user's own schedule is in; None for a built-in one."""
         return None if self.custom is None else self.custom.digest
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ProResConfig:
+        """Build the configuration from parsed flags, or from those that a checkpoint remembers.
+
+        Args:
+            args: Has the destinations of the flags of the group "ProRes".
+
+        Raises:
+            UserError: A value is wrong.
+        """
+        return cls(
+            schedule=args.prores_schedule,
+            warmup_iters=args.prores_warmup_iters,
+            warmup_iters_per_layer=args.prores_warmup_iters_per_layer,
+            warmup_samples=args.prores_warmup_samples,
+            norm_placement=args.norm_placement,
+            branch_init=args.branch_init,
+            embedding_weight_decay=args.embedding_weight_decay,
+        )
+
     def check_layers(self, num_layers: int) -> None:
-        """Refuses a schedule of the user's own that is wrong for a model of ``num_layers``.
+        """Refuse a schedule of the user's own that is wrong for a model of ``num_layers``.
 
         Raises:
             UserError: The schedule is for another number of layers, or not within [0, 1].
@@ -137,7 +158,7 @@ class ProResConfig:
         return "iterations" if self.warmup_samples is None else "samples"
 
     def total_warmup(self, num_layers: int) -> int:
-        """Gives W, the length of the whole warmup for a model of ``num_layers``, in ``unit``.
+        """Return W, the length of the whole warmup for a model of ``num_layers``, in ``unit``.
 
         Of a table in a file that is the step of its last row.
         """
@@ -151,7 +172,7 @@ class ProResConfig:
         return per_layer * num_layers
 
     def settings(self, num_layers: int) -> dict[str, str | int]:
-        """Lists what a checkpoint remembers, by the flag that sets it.
+        """List what a checkpoint remembers, by the flag that sets it.
 
         Two runs with the same settings give every layer the same alpha at every step. Where a value
         follows from another (the warmup from its length per layer), it is the value that counts.
@@ -172,14 +193,14 @@ class ProResConfig:
         return settings
 
     def alphas(self, step: int, num_layers: int) -> Alphas:
-        """Evaluates the schedule: alpha of layer 1..L at ``step``, in ``unit``; float64 [L]."""
+        """Evaluate the schedule: alpha of layer 1..L at ``step``, in ``unit``; float64 [L]."""
         warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.alphas(step, num_layers, warmup)
         return alphas(self.schedule, step, num_layers, warmup)
 
     def opening_steps(self, num_layers: int) -> list[int | None]:
-        """Gives for layer 1..L the step from which alpha is 1, in ``unit``; None for never."""
+        """Return for layer 1..L the step from which alpha is 1, in ``unit``; None for never."""
         warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.opening_steps(num_layers, warmup)

@@ -15,7 +15,7 @@ _LAUNCHER = "start the program with torchrun, which sets it"
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses what a launcher cannot have meant.
+    """Refuse what a launcher cannot have meant.
 
     Args:
         environment: The process's environment.
@@ -43,7 +43,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def check_address(environment: Mapping[str, str]) -> None:
-    """Refuses a run whose ranks would not find each other.
+    """Refuse a run whose ranks would not find each other.
 
     Raises:
         UserError: Names the variable.
@@ -57,7 +57,7 @@ _taken_as_installed: list[str] | None = None
 
 
 def is_installed(module: str) -> bool:
-    """Tells whether a module can be imported, without importing it."""
+    """Return whether a module can be imported, without importing it."""
     if importlib.util.find_spec(module) is not None:
         return True
     if _taken_as_installed is None:
@@ -95,7 +95,7 @@ def version_below(package: str, least: str) -> str | None:
 
 @contextmanager
 def every_package() -> Iterator[list[str]]:
-    """Answers for another machine than this one: there, every optional package is installed.
+    """Answer for another machine than this one: there, every optional package is installed.
 
     Yields:
         The packages that were asked for and are not here, as they come.

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-_PATIENCE = 5.0
+_QUIET_RANK_WAIT_SECONDS = 5.0
 """Seconds that a silent rank waits with its end for the rank that prints the reason."""
 
 
@@ -31,11 +31,11 @@ class StopRun(Exception):  # noqa: N818, it is no error of the program's
 
     exit_code = 1
 
-    told_by_all_nodes = False
+    print_on_each_node = False
     """Whether each node says it. Else only rank 0 does: all ranks stop for the same reason."""
 
-    def words(self) -> str:
-        """Gives the message as it is shown."""
+    def message(self) -> str:
+        """Return the message as it is shown."""
         return str(self)
 
 
@@ -43,10 +43,10 @@ class UserError(StopRun):
     """A wrong input, told in the user's words: which flag, which value, what to do. One line."""
 
     exit_code = 2  # as argparse's
-    told_by_all_nodes = True  # a file may be missing on one node alone
+    print_on_each_node = True  # a file may be missing on one node alone
 
-    def words(self) -> str:
-        """Gives the message on one line, whatever it was put together from."""
+    def message(self) -> str:
+        """Return the message on one line, whatever it was put together from."""
         return " ".join(str(self).split())
 
 
@@ -54,12 +54,12 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others; the usage alone fills up to a screen."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises what argparse found as a :class:`UserError`."""
+        """Raise what argparse found as a :class:`UserError`."""
         raise UserError(f"{message} (--help explains the flags)")
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts a tool's own words from the flags of another program, which stand behind ``--``.
+    """Part a tool's own words from the flags of another program, which stand behind ``--``.
 
     Args:
         argv: Without the program's name.
@@ -71,14 +71,14 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:at]), list(argv[at + 1 :])
 
 
-def print_error(message: str, told_by_all_nodes: bool = True) -> None:
-    """Prints an error on standard error, once per node or once per job, not once per rank.
+def print_error(message: str, print_on_each_node: bool = True) -> None:
+    """Print an error on standard error, once per node or once per job, not once per rank.
 
     Args:
         message: What is wrong and what to do.
-        told_by_all_nodes: Whether the first rank of each node prints it, or only rank 0.
+        print_on_each_node: Whether the first rank of each node prints it, or only rank 0.
     """
-    if _number("LOCAL_RANK" if told_by_all_nodes else "RANK") == 0:
+    if _number("LOCAL_RANK" if print_on_each_node else "RANK") == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -88,7 +88,7 @@ def _number(variable: str) -> int:
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Runs a command's ``main``; a :class:`StopRun` becomes its words and its exit code.
+    """Run a command's ``main``; a :class:`StopRun` becomes its message and its exit code.
 
     Args:
         main: The program; returns its exit code, or None for 0.
@@ -101,12 +101,12 @@ def run_program(main: Callable[[], int | None]) -> None:
     except StopRun as reason:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exception(reason)
-        print_error(reason.words(), reason.told_by_all_nodes)
+        print_error(reason.message(), reason.print_on_each_node)
         code = reason.exit_code
         if "TORCHELASTIC_RUN_ID" in os.environ and _number("LOCAL_RANK") != 0:
             # torchrun ends all ranks with the first that ends; the one that says why should not be
             # among the former.
-            time.sleep(_PATIENCE)
+            time.sleep(_QUIET_RANK_WAIT_SECONDS)
     except KeyboardInterrupt:
         print_error("interrupted")
         code = 130

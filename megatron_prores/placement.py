@@ -18,9 +18,9 @@ class NormPlacement:
     """What a branch does to the residual stream x."""
     norm_input: bool = False
     """Whether a norm stands before the branch: F(N(x))."""
-    norm_branch: bool = False
+    branch_output_norm: bool = False
     """Whether a norm stands after the branch, before the addition: N2(F(..))."""
-    norm_sum: bool = False
+    post_norm: bool = False
     """Whether a norm stands after the addition: N(x + ..)."""
     deepnorm: bool = False
     """Whether the stream is enlarged before the addition, by d = (2L)^(1/4)."""
@@ -28,20 +28,20 @@ class NormPlacement:
     """Whether the norm weights of layer l start at 1 / sqrt(l)."""
 
     def stream_gain(self, num_layers: int) -> float:
-        """Gives d, the factor on the residual stream x before a branch is added to it."""
+        """Return d, the factor on the residual stream x before a branch is added to it."""
         return (2.0 * num_layers) ** 0.25 if self.deepnorm else 1.0
 
     @property
     def is_stock(self) -> bool:
         """Whether Megatron's own layer has its norms there."""
-        return not (self.norm_branch or self.norm_sum)
+        return not (self.branch_output_norm or self.post_norm)
 
 
 PLACEMENTS: dict[str, NormPlacement] = {
     "pre": NormPlacement("x + a F(N(x))", norm_input=True),
-    "sandwich": NormPlacement("x + a N2(F(N1(x)))", norm_input=True, norm_branch=True),
-    "post": NormPlacement("N(x + a F(x))", norm_sum=True),
-    "deepnorm": NormPlacement("N(d x + a F(x))", norm_sum=True, deepnorm=True),
+    "sandwich": NormPlacement("x + a N2(F(N1(x)))", norm_input=True, branch_output_norm=True),
+    "post": NormPlacement("N(x + a F(x))", post_norm=True),
+    "deepnorm": NormPlacement("N(d x + a F(x))", post_norm=True, deepnorm=True),
     "lns": NormPlacement("x + a F(N(x))", norm_input=True, scaled_norms=True),
 }
 """Norm placements by the names of ``--norm-placement``."""

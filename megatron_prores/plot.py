@@ -39,7 +39,7 @@ class Series:
 
 
 def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
-    """Reads every scalar of a run, resumed or not.
+    """Read every scalar of a run, resumed or not.
 
     Args:
         tensorboard_dir: The run's ``--tensorboard-dir``. Where several event files hold the same
@@ -109,7 +109,7 @@ def alpha_matrix(
 
 
 def draw_run(scalars: Mapping[str, Series], title: str | None = None) -> Figure:
-    """Draws losses over iterations and, where alphas were logged, their heat map below.
+    """Draw losses over iterations and, where alphas were logged, their heat map below.
 
     Args:
         scalars: As :func:`read_scalars` returns them.

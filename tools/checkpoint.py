@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_prores.checkpoint_files.tool import main
+from megatron_prores.checkpoint.tool import main
 from megatron_prores.errors import run_program
 
 if __name__ == "__main__":

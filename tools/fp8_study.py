@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_prores.errors import run_program
-from megatron_prores.fp8_study.main import main
+from studies.fp8.main import main
 
 if __name__ == "__main__":
     run_program(main)

@@ -8,7 +8,7 @@ PACKAGES = ("transformer_engine", "apex", "flash_attn", "flash_attn_3")
 
 
 def hide() -> None:
-    """Makes Megatron find none of them, as on a machine where none is installed.
+    """Make Megatron find none of them, as on a machine where none is installed.
 
     Megatron builds its final norm and its optimizer from what can be imported, whatever its flags
     say: in a container that has Transformer Engine a run on the CPU would end in a CUDA kernel.

@@ -29,12 +29,12 @@ def _copy_to_write(write_buckets: list[Any], non_blocking: bool = True) -> list[
 
 
 def _expected_on_cpu(record: logging.LogRecord) -> bool:
-    """Drops one warning: that the CPU generator moves is what the CPU device is."""
+    """Drop one warning: that the CPU generator moves is what the CPU device is."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 def install() -> None:
-    """Adapts Megatron to the CPU device.
+    """Adapt Megatron to the CPU device.
 
     Must run after ``torch_device.install`` and before ``megatron.training`` is imported. A second
     call does nothing.

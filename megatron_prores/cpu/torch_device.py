@@ -84,7 +84,7 @@ class CudaMeansCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs ``func`` with its device arguments replaced."""
+        """Run ``func`` with its device arguments replaced."""
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs = {**kwargs, "device": CPU}
@@ -138,7 +138,7 @@ def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> A
 
 
 def _tensor_type(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps Tensor.type, whose answer upstream compares with torch.cuda.FloatTensor's name."""
+    """Wrap Tensor.type, whose answer upstream compares with torch.cuda.FloatTensor's name."""
 
     def type_(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
@@ -149,7 +149,7 @@ def _tensor_type(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cuda_replacements() -> dict[str, Any]:
-    """Lists what ``torch.cuda`` says on the CPU device, name by name."""
+    """List what ``torch.cuda`` says on the CPU device, name by name."""
     properties = SimpleNamespace(
         name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
     )
@@ -211,7 +211,7 @@ def _no_range(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _distributed_on_gloo() -> dict[str, Any]:
-    """Runs every collective on gloo: no process group is bound to a device."""
+    """Run every collective on gloo: no process group is bound to a device."""
     init_process_group = torch.distributed.init_process_group
     barrier = torch.distributed.barrier
 
@@ -226,7 +226,7 @@ def _distributed_on_gloo() -> dict[str, Any]:
 
 
 def _draws_nothing(stock: Callable[..., None]) -> Callable[..., None]:
-    """Wraps the start of a data loader, which draws a seed for its workers.
+    """Wrap the start of a data loader, which draws a seed for its workers.
 
     On a GPU that comes from another generator than dropout's, and here it would move dropout's: by
     once more in a run that was resumed, so that this was another run.
@@ -247,7 +247,7 @@ def _replace(owner: Any, replacements: dict[str, Any]) -> None:
 
 
 def install() -> None:
-    """Replaces CUDA by the CPU in this process, for good; a second call does nothing.
+    """Replace CUDA by the CPU in this process, for good; a second call does nothing.
 
     Must run before Megatron is imported: its modules bind names of ``torch.cuda`` at import.
     """

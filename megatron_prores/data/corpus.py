@@ -52,7 +52,7 @@ class Collection:
         return sum(file.size for file in self.files)
 
     def add_tree(self, root: Path, prefix: str = "") -> None:
-        """Adds every text file under a folder, in the order of the paths.
+        """Add every text file under a folder, in the order of the paths.
 
         Empty files and repeats of a text already held are left out, and files that are not UTF-8.
 
@@ -84,7 +84,7 @@ class Collection:
 def collect(
     min_bytes: int, standard_library: Path | None = None, site_packages: Sequence[Path] = ()
 ) -> Collection:
-    """Gathers the texts of this machine's Python.
+    """Gather the texts of this machine's Python.
 
     Args:
         min_bytes: Text that the corpus needs. Where the standard library holds less (some
@@ -118,7 +118,7 @@ def collect(
 
 
 def cap(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
-    """Keeps a fair sample of at most ``max_bytes``: a first part of the alphabet would be one kind.
+    """Keep a fair sample of at most ``max_bytes``: a first part of the alphabet would be one kind.
 
     Args:
         files: The files in their order.
@@ -148,7 +148,7 @@ def is_validation(source: str, fraction: float) -> bool:
 
 
 def write_corpus(files: Sequence[SourceFile], output_dir: Path, fraction: float) -> None:
-    """Writes ``train.jsonl`` and ``valid.jsonl`` and prints what they hold.
+    """Write ``train.jsonl`` and ``valid.jsonl`` and print what they hold.
 
     Both get their names only when both are complete. Files already there with the same bytes are
     left alone.
@@ -250,7 +250,7 @@ def _write_document(stream: TextIO, file: SourceFile) -> None:
 
 
 def _hash_fraction(name: str) -> float:
-    """Maps a name to [0, 1), evenly and the same everywhere."""
+    """Map a name to [0, 1), evenly and the same everywhere."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 

@@ -26,7 +26,7 @@ _REMAKE = "make it again with tools/preprocess_data.py, or copy it again"
 
 
 def data_prefixes(args: Any) -> list[tuple[str, str]]:
-    """Lists the datasets that the flags name, read as Megatron reads them.
+    """List the datasets that the flags name, read as Megatron reads them.
 
     Args:
         args: Parsed, not yet validated by Megatron.
@@ -62,7 +62,7 @@ def data_prefixes(args: Any) -> list[tuple[str, str]]:
 
 
 def _read_list(flag: str, path: str | None, per_split: bool) -> list[Any]:
-    """Reads a file of data paths: words, or JSON with a list of words for each split."""
+    """Read a file of data paths: words, or JSON with a list of words for each split."""
     if not path:
         return []
     try:
@@ -81,7 +81,7 @@ def _read_list(flag: str, path: str | None, per_split: bool) -> list[Any]:
 
 
 def check_dataset(flag: str, prefix: str) -> None:
-    """Refuses a dataset whose index cannot be read, or tells of more tokens than there are.
+    """Refuse a dataset whose index cannot be read, or tell of more tokens than there are.
 
     Args:
         flag: The flag that names the dataset.
@@ -118,7 +118,7 @@ def check_dataset(flag: str, prefix: str) -> None:
 
 
 def check_token_ids(datasets: Iterable[tuple[str, str]], vocabulary: int, named: str) -> None:
-    """Refuses token ids that the tokenizer has not: those of another tokenizer, or damage.
+    """Refuse token ids that the tokenizer has not: those of another tokenizer, or damage.
 
     Args:
         datasets: (flag, path without ending), each as :func:`check_dataset` has passed it.
@@ -146,7 +146,7 @@ def check_token_ids(datasets: Iterable[tuple[str, str]], vocabulary: int, named:
 
 
 def _sample(tokens: np.ndarray, most_bytes: int) -> Iterable[np.ndarray]:
-    """Gives the tokens in blocks: all, or evenly spaced ones, among them the first and last."""
+    """Return the tokens in blocks: all, or evenly spaced ones, among them the first and last."""
     length = max(1, _BLOCK_BYTES // tokens.itemsize)
     count = -(-tokens.size // length)
     wanted = min(count, max(2, most_bytes // _BLOCK_BYTES))

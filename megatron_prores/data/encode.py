@@ -66,7 +66,7 @@ class Encoder:
     stop_at_problem: bool = True
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Tokenizes one chunk.
+        """Tokenize one chunk.
 
         Args:
             chunk: Lines of JSON.
@@ -127,7 +127,7 @@ class Encoder:
 def encode_in_order(
     encoder: Encoder, chunks: Iterable[Chunk], workers: int
 ) -> Generator[EncodedChunk]:
-    """Encodes chunks in several processes; results come in the order of the chunks.
+    """Encode chunks in several processes; results come in the order of the chunks.
 
     Args:
         encoder: What to do with a chunk.
@@ -181,7 +181,7 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ends a worker whose parent was killed outright; it would wait for work for ever."""
+    """End a worker whose parent was killed outright; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

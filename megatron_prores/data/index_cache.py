@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_prores.errors import UserError
-from megatron_prores.replacement import wrap
+from megatron_prores.upstream.registry import wrap
 
 
 def install() -> None:
-    """Lets no pickle into Megatron's reading of its dataset indices, and names a damaged one.
+    """Let no pickle into Megatron's reading of its dataset indices, and name a damaged one.
 
     Upstream reads them with ``allow_pickle=True`` and an unpickler of restricted means. They are
     arrays of numbers: there is nothing to unpickle.

@@ -46,7 +46,7 @@ class Chunk:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Resolves the ``--input`` values to files.
+    """Resolve the ``--input`` values to files.
 
     Args:
         patterns: File names, glob patterns (``**`` descends) or ``-`` for standard input.
@@ -86,7 +86,7 @@ def disk_size(inputs: Sequence[str]) -> int | None:
 
 
 def read_chunks(inputs: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Reads the inputs one after the other.
+    """Read the inputs one after the other.
 
     Args:
         inputs: Files as :func:`expand_inputs` returns them; ``.gz`` and ``.zst`` are decompressed.
@@ -113,7 +113,7 @@ def read_chunks(inputs: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> Iterat
 
 
 def parse_document(line: bytes, keys: Sequence[str]) -> dict[str, str] | None:
-    """Takes a document's texts out of its line.
+    """Take a document's texts out of its line.
 
     Args:
         line: One line of an input.

@@ -33,7 +33,7 @@ _MODEL_FILE_TYPES = (*_SENTENCEPIECE_TYPES, "TikTokenizer")
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds Megatron's tokenizer flags, under Megatron's names and with its defaults.
+    """Add Megatron's tokenizer flags, under Megatron's names and with its defaults.
 
     Args:
         parser: The command's parser.
@@ -56,7 +56,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_tokenizer_arguments(args: argparse.Namespace) -> None:
-    """Checks what can be checked before the seconds that importing Megatron takes.
+    """Check what can be checked before the seconds that importing Megatron takes.
 
     Args:
         args: Values of the flags of :func:`add_tokenizer_arguments`.
@@ -87,7 +87,7 @@ def check_tokenizer_arguments(args: argparse.Namespace) -> None:
 
 
 def silence_import_warnings() -> None:
-    """Keeps what Megatron and PyTorch say about absent GPU libraries out of a text tool's output.
+    """Keep what Megatron and PyTorch say about absent GPU libraries out of a text tool's output.
 
     To be called before the first import of ``megatron.core``.
     """
@@ -96,7 +96,7 @@ def silence_import_warnings() -> None:
 
 
 def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
-    """Builds the tokenizer that training would build from the same flags.
+    """Build the tokenizer that training would build from the same flags.
 
     Args:
         args: Values of the flags of :func:`add_tokenizer_arguments`.

@@ -74,7 +74,7 @@ class DatasetWriter:
         self._builder.finalize(str(_with_suffix(self._staged, ".idx")))
 
     def publish(self) -> None:
-        """Gives both files their final names, replacing those of an older dataset.
+        """Return both files their final names, replacing those of an older dataset.
 
         Megatron sees a dataset where both files are. The index goes last, and an old index goes
         first: at no moment does one dataset's index lie beside another's tokens.
@@ -91,7 +91,7 @@ def preprocess(
     workers: int,
     log_interval: int | None = None,
 ) -> Summary:
-    """Writes one dataset per key, named ``{prefix}_{key}_document``.
+    """Write one dataset per key, named ``{prefix}_{key}_document``.
 
     Args:
         inputs: JSONL files as :func:`megatron_prores.data.jsonl.expand_inputs` returns them.

@@ -68,7 +68,7 @@ class Progress:
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
     def update(self, documents: int, text_bytes: int, disk_bytes: int) -> None:
-        """Counts work that is finished, and shows it when it is time to.
+        """Count work that is finished, and show it when it is time to.
 
         Args:
             documents: Documents finished since the last call.
@@ -88,7 +88,7 @@ class Progress:
             print(self._line(), file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
-        """Prints a line on standard error without tearing the bar."""
+        """Print a line on standard error without tearing the bar."""
         tqdm.write(text, file=sys.stderr)
 
     def _line_due(self) -> bool:

@@ -17,7 +17,7 @@ _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
 
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Stops before any work when an output is already there.
+    """Stop before any work when an output is already there.
 
     Args:
         paths: The final names of the run's outputs.
@@ -69,7 +69,7 @@ def staging_directory(final: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Gives a finished file its final name, so that a reader sees all of it or none.
+    """Return a finished file its final name, so that a reader sees all of it or none.
 
     Args:
         staged: The finished file in its staging folder.
@@ -83,7 +83,7 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def _lock(staging: Path) -> int | None:
-    """Returns an open descriptor that holds the folder's lock, or None when another run has it."""
+    """Return an open descriptor that holds the folder's lock, or None when another run has it."""
     while True:
         staging.mkdir(parents=True, exist_ok=True)
         lock_path = staging / _LOCK_NAME

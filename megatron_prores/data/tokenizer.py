@@ -54,7 +54,7 @@ _HEARTBEAT_SECONDS = 10.0
 def sample_documents(
     inputs: Sequence[str], key: str, max_bytes: int, progress: Progress
 ) -> list[str]:
-    """Reads the texts, and of more than ``max_bytes`` keeps an even sample.
+    """Read the texts, and of more than ``max_bytes`` keeps an even sample.
 
     The sample is the same in every run: the documents whose number has the smallest hashes.
 
@@ -97,7 +97,7 @@ def sample_documents(
 
 
 def train_model(texts: Sequence[str], vocab_size: int, model_type: str = "bpe") -> bytes:
-    """Trains a SentencePiece model.
+    """Train a SentencePiece model.
 
     Args:
         texts: The training texts.
@@ -221,7 +221,7 @@ def _sentences(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _explain(error: Exception, vocab_size: int) -> str:
-    """Puts a training failure of the library in the user's words."""
+    """Put a training failure of the library in the user's words."""
     reason = str(error)
     too_large = re.search(r"set it to a value <= (\d+)", reason)
     if too_large:
@@ -238,7 +238,7 @@ def _explain(error: Exception, vocab_size: int) -> str:
 
 @contextmanager
 def _heartbeat(title: str) -> Iterator[None]:
-    """Shows now and then how long a call into a library has been at work."""
+    """Show now and then how long a call into a library has been at work."""
     terminal = sys.stderr.isatty()
     done = threading.Event()
     start = time.monotonic()

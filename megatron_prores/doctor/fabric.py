@@ -109,7 +109,7 @@ LOOKUP_SECONDS = 3.0
 
 
 def _addresses(host: str) -> list[str] | None:
-    """Resolves a name; None where it cannot be, or takes too long."""
+    """Resolve a name; None where it cannot be, or take too long."""
     found: list[str] = []
 
     def look() -> None:

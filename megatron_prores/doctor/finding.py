@@ -46,21 +46,21 @@ class Where:
     _answers: dict[tuple[str, ...], str | None] = field(default_factory=dict)
 
     def read(self, path: str) -> str | None:
-        """Gives the stripped text of a file below the root; None where it cannot be read."""
+        """Return the stripped text of a file below the root; None where it cannot be read."""
         try:
             return (self.root / path).read_text().strip()
         except (OSError, UnicodeDecodeError):
             return None
 
     def names(self, path: str) -> list[str]:
-        """Lists a directory below the root; nothing where there is none."""
+        """List a directory below the root; nothing where there is none."""
         try:
             return sorted(os.listdir(self.root / path))
         except OSError:
             return []
 
     def run(self, *command: str) -> str | None:
-        """Gives what a command prints, asked once; None where it is not there, or fails."""
+        """Return what a command prints, asked once; None where it is not there, or fails."""
         if command not in self._answers:
             self._answers[command] = self._run(command)
         return self._answers[command]
@@ -86,7 +86,7 @@ Check = Callable[[Where], Finding]
 
 
 def examine(check: Check, where: Where) -> Finding:
-    """Runs a check. One that fails is a finding as well: the others must be told."""
+    """Run a check. One that fails is a finding as well: the others must be told."""
     try:
         return check(where)
     except Exception as error:
@@ -94,7 +94,7 @@ def examine(check: Check, where: Where) -> Finding:
 
 
 def one_line(error: BaseException | str, length: int = 200) -> str:
-    """Gives the words of an error on one line, cut where they are long."""
+    """Return the words of an error on one line, cut where they are long."""
     words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     words = " ".join(words.split())
     return words if len(words) <= length else words[: length - 3] + "..."
@@ -102,7 +102,7 @@ def one_line(error: BaseException | str, length: int = 200) -> str:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keeps imports from printing: also what C code writes past Python."""
+    """Keep imports from printing: also what C code writes past Python."""
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         for stream in (1, 2):
             saved = os.dup(stream)
@@ -113,7 +113,7 @@ def silence() -> Iterator[None]:
 
 
 def gib(size: float) -> str:
-    """Gives a number of bytes in GiB, or in MiB below one."""
+    """Return a number of bytes in GiB, or in MiB below one."""
     return f"{size / GIB:.0f} GiB" if size >= 10 * GIB else _small(size)
 
 

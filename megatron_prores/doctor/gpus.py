@@ -28,7 +28,7 @@ class Gpu:
 
 
 def gpus(where: Where) -> list[Gpu]:
-    """Lists the GPUs of this machine, as nvidia-smi sees them."""
+    """List the GPUs of this machine, as nvidia-smi sees them."""
     found = []
     for line in (where.run(*_QUERY, "--format=csv,noheader,nounits") or "").splitlines():
         fields = [each.strip() for each in line.split(",")]

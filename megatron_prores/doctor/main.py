@@ -84,7 +84,7 @@ Report = dict[str, dict[str, Finding]]
 
 
 def diagnose(where: Where) -> Report:
-    """Runs all checks."""
+    """Run all checks."""
     for package in packages.IMPORTED:
         package.probe()  # in the background, while torch is imported here
     return {
@@ -94,7 +94,7 @@ def diagnose(where: Where) -> Report:
 
 
 def lacking(report: Report, needs: Sequence[str]) -> list[str]:
-    """Says, a line each, what is missing of what is needed."""
+    """Say, a line each, what is missing of what is needed."""
     findings = {name: each for section in report.values() for name, each in section.items()}
     wanted = {name: need for need in needs for name in NEEDS[need]}
     return [
@@ -118,7 +118,7 @@ def _as_text(report: Report) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program; gives its exit code.
+    """Run the program; gives its exit code.
 
     Raises:
         UserError: A flag is wrong.

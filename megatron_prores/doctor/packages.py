@@ -23,7 +23,7 @@ from megatron_prores.doctor.finding import (
 )
 from megatron_prores.doctor.probe import Optional
 from megatron_prores.environment import is_installed
-from megatron_prores.replacement import WRITTEN_AGAINST
+from megatron_prores.upstream.registry import WRITTEN_AGAINST
 
 UPSTREAM = WRITTEN_AGAINST
 """The version of megatron-core that the run-time replacements were written against."""
@@ -32,7 +32,7 @@ NEEDED_TORCH = (2, 11)
 
 
 def version_of(distribution: str) -> str | None:
-    """Gives the version of an installed distribution, without importing it."""
+    """Return the version of an installed distribution, without importing it."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Gives the leading numbers of a version: 2.11.0a0+1a2b.nv26.2 is (2, 11, 0)."""
+    """Return the leading numbers of a version: 2.11.0a0+1a2b.nv26.2 is (2, 11, 0)."""
     found: list[int] = []
     for part in version.split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -60,7 +60,7 @@ def python(where: Where) -> Finding:
 
 @functools.cache
 def load_torch() -> Any:
-    """Imports torch once; gives the exception where it cannot be imported."""
+    """Import torch once; gives the exception where it cannot be imported."""
     try:
         with silence():
             import torch
@@ -110,7 +110,7 @@ def megatron_core(where: Where) -> Finding:
 
 
 def _folder_of_megatron() -> Path | None:
-    """Finds megatron/core without importing it, which takes seconds."""
+    """Find megatron/core without importing it, which takes seconds."""
     spec = importlib.util.find_spec("megatron")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(place) / "core" / "__init__.py").is_file():
@@ -145,7 +145,7 @@ class Package:
     """Of not having it."""
 
     def __call__(self, where: Where) -> Finding:
-        """Checks it."""
+        """Check it."""
         version = version_of(self.distribution)
         if version is None or not is_installed(self.module):
             return Finding(MISSING, "not installed", self.cost)

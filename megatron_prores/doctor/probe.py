@@ -23,7 +23,7 @@ class Probe:
     """
 
     def __init__(self, code: str) -> None:
-        """Starts at once, in the background; ``code`` prints what was found, on the last line."""
+        """Start at once, in the background; ``code`` prints what was found, on the last line."""
         self._code = code
         self._answer: tuple[str | None, str] = (None, "")
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -56,7 +56,7 @@ class Probe:
             self._answer = None, one_line(errors[-1] if errors else "the import failed")
 
     def answer(self) -> tuple[str | None, str]:
-        """Waits, and gives what was found, or None and why it was not."""
+        """Wait, and return what was found, or None and why it was not."""
         self._thread.join()
         return self._answer
 
@@ -74,7 +74,7 @@ class Optional:
     """The status then."""
 
     def __call__(self, where: Where) -> Finding:
-        """Waits for its import."""
+        """Wait for its import."""
         probe = self.probe()
         if probe is None:
             return Finding(self.missing, "not installed", self.cost)
@@ -88,5 +88,5 @@ class Optional:
 
     @functools.cache  # noqa: B019, there are three of them
     def probe(self) -> Probe | None:
-        """Starts the import, the first time; None where nothing is installed."""
+        """Start the import, the first time; None where nothing is installed."""
         return Probe(self.code) if is_installed(self.module) else None

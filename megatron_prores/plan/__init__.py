@@ -8,7 +8,7 @@ Python. The parts, in the order in which they act:
 - :mod:`~megatron_prores.plan.groups`: the process groups of every rank, by Megatron's own code;
 - :mod:`~megatron_prores.plan.model`: the model chunks of every stage, on the meta device;
 - :mod:`~megatron_prores.plan.holding`: who holds which layers, through the audit of a real run;
-- :mod:`~megatron_prores.plan.memory`, :mod:`~megatron_prores.timeline`: bytes, steps, tokens;
+- :mod:`~megatron_prores.plan.memory`: bytes;
 - :mod:`~megatron_prores.plan.build`, :mod:`~megatron_prores.plan.figures`: the plan, part by part;
 - :mod:`~megatron_prores.plan.report`, :mod:`~megatron_prores.plan.picture`: what the user sees.
 """

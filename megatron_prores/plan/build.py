@@ -15,11 +15,10 @@ from typing import Any
 from megatron.training import global_vars
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_prores.audit import RankReport, table
+from megatron_prores.command_line.advice import advice
+from megatron_prores.command_line.arguments import parse_args, upstream_words
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
-from megatron_prores.flags.advice import advice
-from megatron_prores.flags.arguments import parse_args, upstream_words
 from megatron_prores.plan.elsewhere import (
     ASSUMED_CAPABILITY,
     ASSUMED_TE,
@@ -49,9 +48,10 @@ from megatron_prores.plan.model import (
     local_config,
 )
 from megatron_prores.plan.result import TABLE_RANKS, Plan
-from megatron_prores.replacement import undone_afterwards
-from megatron_prores.timeline import timeline_of
-from megatron_prores.training import model_config
+from megatron_prores.schedule.timeline import timeline_of
+from megatron_prores.training.prores_run import model_config
+from megatron_prores.upstream.registry import undone_afterwards
+from megatron_prores.warmup.audit import RankReport, table
 
 
 def build_plan(
@@ -61,7 +61,7 @@ def build_plan(
     time_limit: float | None,
     seconds_per_step: float | None,
 ) -> Plan:
-    """Plans the command line in ``sys.argv`` for the world of the environment.
+    """Plan the command line in ``sys.argv`` for the world of the environment.
 
     Args:
         device_name: The run's device, "cuda" or "cpu".
@@ -97,7 +97,7 @@ def build_plan(
         timeline = timeline_of(args)
         openings: list[int | None] = [0] * args.num_layers
         if prores.enabled:
-            openings = timeline.opening_steps(prores, args.num_layers)
+            openings = timeline.steps_at(prores.opening_steps(args.num_layers), prores.unit)
         held = [sum((c.parameters for c in each.chunks), ParameterCount()) for each in stages]
         layers = layers_of(stages, timeline, openings)
         return Plan(
@@ -135,7 +135,7 @@ def build_plan(
 
 
 def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
-    """Lets Megatron check the rest of its configuration, as the main program does."""
+    """Let Megatron check the rest of its configuration, as the main program does."""
     try:
         pretrain_cfg_container_from_args(args, config)
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -147,7 +147,7 @@ def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
 
 @contextmanager
 def _megatron_as_new() -> Iterator[None]:
-    """Gives Megatron's globals a fresh start, and leaves them as if nothing had been planned."""
+    """Give Megatron's globals a fresh start, and leave them as if nothing had been planned."""
     global_vars.unset_global_variables()
     try:
         # model_config wraps functions of the training loop; no run follows.
@@ -159,7 +159,7 @@ def _megatron_as_new() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Keeps what Megatron prints while it parses and builds out of the plan."""
+    """Keep what Megatron prints while it parses and build out of the plan."""
     said = io.StringIO()
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -193,7 +193,7 @@ def _audit(
     groups: WorldGroups,
     stages: list[StageHolding],
 ) -> list[RankReport]:
-    """Audits every rank in the middle of the warmup and at its start.
+    """Audit every rank in the middle of the warmup and at its start.
 
     Returns:
         The reports of the start, as a run would make them.
@@ -206,7 +206,7 @@ def _audit(
 
 
 def _whole_model(args: argparse.Namespace, config: Any) -> int:
-    """Counts the parameters of the model on one rank: nothing is cut, nothing is there twice."""
+    """Count the parameters of the model on one rank: nothing is cut, nothing is there twice."""
     whole, alone = copy.deepcopy(config), copy.copy(args)
     sizes = {
         "tensor_model_parallel_size": 1,

@@ -36,7 +36,7 @@ class Notes(list[str]):
     """What was not checked, or taken as given; each once."""
 
     def add(self, note: str) -> None:
-        """Adds a note unless it is there."""
+        """Add a note unless it is there."""
         if note not in self:
             self.append(note)
 
@@ -51,7 +51,7 @@ class _StandInTokenizer:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Replaces attributes for a while; an attribute that is not there is an error.
+    """Replace attributes for a while; an attribute that is not there is an error.
 
     Args:
         owner: A module or class.
@@ -69,7 +69,7 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def target_machine(notes: Notes) -> Iterator[None]:
-    """Lets the program's command line be parsed as on the machines of the run.
+    """Let the program's command line be parsed as on the machines of the run.
 
     Nothing is opened for writing meanwhile: no TensorBoard, no W&B.
 
@@ -116,7 +116,7 @@ def _kernel(*args: Any) -> Any:
 
 @contextmanager
 def _gpus() -> Iterator[None]:
-    """Answers Megatron's questions about the GPU and Transformer Engine."""
+    """Answer Megatron's questions about the GPU and Transformer Engine."""
     import torch
     from megatron.core import utils
     from megatron.core.models.common.embeddings import rope_utils
@@ -150,29 +150,26 @@ class _Files:
 
     @contextmanager
     def seen_from_here(self) -> Iterator[None]:
-        """Puts the methods below in the place of the program's checks."""
+        """Put the methods below in the place of the program's checks."""
         from megatron.training import global_vars
 
-        from megatron_prores.checkpoint_files import guard
-        from megatron_prores.flags import compatibility, preflight
+        from megatron_prores.checkpoint import guard
+        from megatron_prores.command_line import paths, setup_checks
 
-        self.check_output_here = preflight._check_writable
+        self.check_output_here = paths._check_writable
         self.check_save_here = guard._check_writable
         self.check_paths_here = guard.check_paths
-        self.check_checkpoint_here = compatibility.check_checkpoint_is_there
-        self.check_tokenizer_here = compatibility.check_tokenizer_arguments
-        self.check_dataset_here = compatibility.check_dataset
-        self.check_token_ids_here = preflight.check_token_ids
+        self.check_checkpoint_here = paths.check_checkpoint_is_there
+        self.check_tokenizer_here = paths.check_tokenizer_arguments
+        self.check_dataset_here = paths.check_dataset
+        self.check_token_ids_here = setup_checks.check_token_ids
         self.build_tokenizer_here = global_vars.build_tokenizer
         with (
-            replaced(
-                preflight,
-                _check_writable=self.check_output,
-                check_token_ids=self.check_token_ids,
-            ),
+            replaced(setup_checks, check_token_ids=self.check_token_ids),
             replaced(guard, _check_writable=self.check_save, check_paths=self.check_paths),
             replaced(
-                compatibility,
+                paths,
+                _check_writable=self.check_output,
                 check_checkpoint_is_there=self.check_checkpoint,
                 check_tokenizer_arguments=self.check_tokenizer,
                 check_dataset=self.check_dataset,
@@ -227,7 +224,7 @@ class _Files:
         return self._stand_in(args, absent)
 
     def _stand_in(self, args: Any, absent: list[str]) -> _StandInTokenizer:
-        """Gives a tokenizer of the size that the flags name, or of the likeliest one."""
+        """Return a tokenizer of the size that the flags name, or of the likeliest one."""
         from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
         size = args.vocab_size or _VOCABULARIES.get(args.tokenizer_type, PAPER_VOCABULARY)
@@ -245,7 +242,7 @@ class _Files:
         return _StandInTokenizer(size)
 
     def _absent_of_tokenizer(self, args: Any) -> list[str]:
-        """Names the destinations of the flags whose files are not here."""
+        """Name the destinations of the flags whose files are not here."""
         named = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
         return [name for name in named if (path := getattr(args, name)) and _is_absent(path)]
 
@@ -255,7 +252,7 @@ class _Files:
 
     @contextmanager
     def _unless(self, note: str, paths: list[str]) -> Iterator[None]:
-        """Lets a refusal pass as a note where one of the paths is not on this machine."""
+        """Let a refusal pass as a note where one of the paths is not on this machine."""
         try:
             yield
         except UserError:
@@ -265,14 +262,14 @@ class _Files:
 
 
 def _is_absent(path: str) -> bool:
-    """Tells whether a path is not here, and could be elsewhere: nothing lies below a file."""
+    """Return whether a path is not here, and could be elsewhere: nothing lies below a file."""
     if "://" in path or os.path.lexists(path):
         return False
     return next(place for place in Path(path).absolute().parents if place.exists()).is_dir()
 
 
 def _dataset_is_here(prefix: str) -> bool:
-    """Tells whether there is anything to object to: half a dataset, a path that is meant otherwise.
+    """Return whether there is anything to object to: half a dataset, or another kind of path.
 
     A number is no path: it is a weight that has come too far.
     """

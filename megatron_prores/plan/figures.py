@@ -10,21 +10,21 @@ from typing import Any
 from megatron.core import num_microbatches_calculator
 from megatron.training import global_vars
 
-from megatron_prores.audit import RankReport, layer_map
 from megatron_prores.config import ProResConfig
 from megatron_prores.plan import memory
 from megatron_prores.plan.groups import WorldGroups
 from megatron_prores.plan.holding import StageHolding
 from megatron_prores.plan.model import Chunk, ParameterCount
 from megatron_prores.plan.result import LayerPlan
-from megatron_prores.timeline import Timeline
+from megatron_prores.schedule.timeline import Timeline
+from megatron_prores.warmup.audit import RankReport, layer_map
 
 _COLUMNS = 400
 """Steps at which alpha is drawn."""
 
 
 def layout_of(args: argparse.Namespace) -> dict[str, int]:
-    """Counts the ranks along each kind of parallelism."""
+    """Count the ranks along each kind of parallelism."""
     return {
         "tensor": args.tensor_model_parallel_size,
         "pipeline": args.pipeline_model_parallel_size,
@@ -37,7 +37,7 @@ def layout_of(args: argparse.Namespace) -> dict[str, int]:
 
 
 def model_of(args: argparse.Namespace, prores: ProResConfig) -> dict[str, Any]:
-    """Tells the sizes of the model, its norms, initial weights and precision."""
+    """Tell the sizes of the model, its norms, initial weights and precision."""
     return {
         "layers": args.num_layers,
         "hidden_size": args.hidden_size,
@@ -61,7 +61,7 @@ def _precision(args: argparse.Namespace) -> str:
 def parameters_of(
     args: argparse.Namespace, total: int, held: list[ParameterCount]
 ) -> dict[str, Any]:
-    """Tells the parameters in total, and of a rank of each pipeline stage."""
+    """Tell the parameters in total, and of a rank of each pipeline stage."""
     padding = max(0, args.padded_vocab_size - global_vars.get_tokenizer().vocab_size)
     matrices = 2 if args.untie_embeddings_and_output_weights else 1
     return {
@@ -73,7 +73,7 @@ def parameters_of(
 
 
 def chunk_of(chunk: Chunk, groups: WorldGroups, layers: list[LayerPlan]) -> dict[str, Any]:
-    """Tells what one pipeline and virtual stage holds."""
+    """Tell what one pipeline and virtual stage holds."""
     opens = [layer.opens_after_step for layer in layers if layer.layer in chunk.layers]
     return {
         "stage": chunk.stage,
@@ -92,7 +92,7 @@ def chunk_of(chunk: Chunk, groups: WorldGroups, layers: list[LayerPlan]) -> dict
 def layers_of(
     stages: list[StageHolding], timeline: Timeline, openings: list[int | None]
 ) -> list[LayerPlan]:
-    """Tells of every layer where it is, and when it opens: steps, samples, tokens."""
+    """Tell of every layer where it is, and when it opens: steps, samples, tokens."""
     plans = []
     for stage in stages:
         for chunk in stage.chunks:
@@ -113,14 +113,14 @@ def layers_of(
 
 
 def layer_map_of(reports: list[RankReport], prores: ProResConfig, num_layers: int) -> str:
-    """Draws the map of layers that a run logs at its start."""
+    """Draw the map of layers that a run logs at its start."""
     if not prores.enabled:
         return layer_map(reports, [0] * num_layers)
     return layer_map(reports, prores.opening_steps(num_layers), prores.unit)
 
 
 def training_of(args: argparse.Namespace, timeline: Timeline) -> dict[str, Any]:
-    """Tells batch, steps, samples, tokens, and the learning rate."""
+    """Tell batch, steps, samples, tokens, and the learning rate."""
     first = timeline.phases[0].batch_size
     return {
         "steps": timeline.steps,
@@ -142,7 +142,7 @@ def training_of(args: argparse.Namespace, timeline: Timeline) -> dict[str, Any]:
 def warmup_of(
     prores: ProResConfig, num_layers: int, openings: list[int | None], timeline: Timeline
 ) -> dict[str, Any]:
-    """Tells the length of the warmup, and the steps between which layers open."""
+    """Tell the length of the warmup, and the steps between which layers open."""
     if not prores.enabled:
         return {"schedule": prores.schedule, "length": None, "unit": None}
     length = prores.total_warmup(num_layers)
@@ -158,7 +158,7 @@ def warmup_of(
 def curves_of(
     prores: ProResConfig, num_layers: int, openings: list[int | None], timeline: Timeline
 ) -> dict[str, Any]:
-    """Samples alpha until the last layer has opened, or over the whole training if none does."""
+    """Sample alpha until the last layer has opened, or over the whole training if none does."""
     last = max((step for step in openings if step), default=0)
     end = math.ceil(1.04 * last) or timeline.steps
     steps = [end * column // _COLUMNS for column in range(_COLUMNS)] if end else [0]
@@ -173,7 +173,7 @@ def curves_of(
 
 
 def memory_of(args: argparse.Namespace, held: list[ParameterCount]) -> dict[str, Any]:
-    """Estimates the bytes of the ranks of each stage."""
+    """Estimate the bytes of the ranks of each stage."""
     micro = num_microbatches_calculator.get_num_microbatches()
     found = memory.estimate(args, held, micro)
     return {

@@ -12,7 +12,7 @@ from megatron_prores.plan.holding import StageHolding
 def divisions(
     args: argparse.Namespace, stages: list[StageHolding], gpus_per_node: int
 ) -> list[str]:
-    """Says every division of an accepted layout; Megatron and our checks have refused all others.
+    """Say every division of an accepted layout; Megatron and our checks have refused all others.
 
     Args:
         args: Validated by Megatron.
@@ -95,7 +95,7 @@ def _batches(args: argparse.Namespace) -> list[str]:
 
 
 def layout_warnings(args: argparse.Namespace, groups: WorldGroups, gpus_per_node: int) -> list[str]:
-    """Finds what works on paper and not well on the machines.
+    """Find what works on paper and not well on the machines.
 
     Args:
         args: Validated by Megatron.

@@ -50,7 +50,7 @@ class WorldGroups:
     """The ranks as which Megatron's code was run."""
 
     def of_kind(self, kind: str) -> list[list[int]]:
-        """Lists the groups of a kind of :data:`GROUPS`."""
+        """List the groups of a kind of :data:`GROUPS`."""
         return self.members[GROUPS[kind]]
 
     @property
@@ -60,7 +60,7 @@ class WorldGroups:
 
 
 def lay_out(args: argparse.Namespace, at_stage: Callable[[int, int], None]) -> WorldGroups:
-    """Makes the groups of every rank, and calls back as one rank of every pipeline stage.
+    """Make the groups of every rank, and call back as one rank of every pipeline stage.
 
     Args:
         args: Megatron's validated arguments; ``world_size`` is the planned one.
@@ -96,7 +96,7 @@ def lay_out(args: argparse.Namespace, at_stage: Callable[[int, int], None]) -> W
 
 @contextmanager
 def playing(args: argparse.Namespace, rank: int) -> Iterator[dict[str, list[list[int]]]]:
-    """Lets Megatron set up its parallel state as one rank of the planned world.
+    """Let Megatron set up its parallel state as one rank of the planned world.
 
     Args:
         args: Megatron's validated arguments.
@@ -156,7 +156,7 @@ def _check_same(
 
 
 def _check_own_groups(members: dict[str, list[list[int]]], rank: int) -> None:
-    """Compares the list of groups with what Megatron answers on this rank."""
+    """Compare the list of groups with what Megatron answers on this rank."""
     import torch
     from megatron.core import parallel_state
 

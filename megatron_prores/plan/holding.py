@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prores.audit import HeldLayer, RankReport, find_faults, report_of
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import StopRun
 from megatron_prores.plan.groups import WorldGroups
 from megatron_prores.plan.model import Chunk
-from megatron_prores.warmup import ResidualWarmup
+from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, report_of
+from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
 
 class PlanAuditError(StopRun):
@@ -29,7 +29,7 @@ class StageHolding:
 def hold(
     prores: ProResConfig, num_layers: int, chunks: list[Any], described: list[Chunk]
 ) -> StageHolding:
-    """Takes hold of the layers of a stage, as a run does when its model is built.
+    """Take hold of the layers of a stage, as a run does when its model is built.
 
     Args:
         prores: The run's ProRes configuration.
@@ -48,7 +48,7 @@ def audit_world(
     num_layers: int,
     step: int,
 ) -> list[RankReport]:
-    """Makes the report of every rank of the world at one step, and audits them.
+    """Make the report of every rank of the world at one step, and audit them.
 
     Args:
         groups: Which rank is where.

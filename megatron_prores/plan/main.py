@@ -12,7 +12,7 @@ from megatron_prores.plan.planner import make_plan
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Plans a run: prints the plan, and draws it where that is asked for.
+    """Plan a run: prints the plan, and draw it where that is asked for.
 
     Args:
         argv: Arguments; those of the process by default.

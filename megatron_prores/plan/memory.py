@@ -65,7 +65,7 @@ class Memory:
 def estimate(
     args: argparse.Namespace, parameters: list[ParameterCount], num_microbatches: int
 ) -> Memory:
-    """Estimates the memory of the ranks.
+    """Estimate the memory of the ranks.
 
     Args:
         args: Validated by Megatron.
@@ -129,7 +129,7 @@ def _optimizer(args: argparse.Namespace, held: ParameterCount, half: bool) -> in
 
 
 def _bytes(dtype: Any) -> int:
-    """Gives the size of a type of torch's, or of the name of one."""
+    """Return the size of a type of torch's, or of the name of one."""
     import torch
 
     names = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}

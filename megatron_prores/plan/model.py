@@ -93,7 +93,7 @@ _LOCAL: dict[str, Any] = {
 
 
 def local_config(config: Any) -> Any:
-    """Copies a model's configuration for a build without CUDA kernels.
+    """Copy a model's configuration for a build without CUDA kernels.
 
     Args:
         config: A ``GPTModelConfig``; stays as it is.
@@ -125,7 +125,7 @@ class _LatentCoreAttention(torch.nn.Module):
 
 @contextmanager
 def _on_meta(config: Any) -> Iterator[None]:
-    """Makes "the CUDA device" of Megatron, and torch's default device, the meta device."""
+    """Make "the CUDA device" of Megatron, and torch's default device, the meta device."""
     from megatron.core.models.backends import LocalSpecProvider
 
     meta = torch.device("meta")
@@ -141,7 +141,7 @@ def _on_meta(config: Any) -> Iterator[None]:
 
 
 def build_chunks(config: Any) -> list[Any]:
-    """Builds the model chunks of the rank that Megatron's parallel state is set up for.
+    """Build the model chunks of the rank that Megatron's parallel state is set up for.
 
     Args:
         config: A ``GPTModelConfig``, as :func:`local_config` gives it.
@@ -173,7 +173,7 @@ def build_chunks(config: Any) -> list[Any]:
 
 
 def describe(chunks: list[Any], stage: int) -> list[Chunk]:
-    """Tells what the chunks of a stage hold.
+    """Tell what the chunks of a stage hold.
 
     Args:
         chunks: As :func:`build_chunks` gives them.
@@ -194,7 +194,7 @@ def describe(chunks: list[Any], stage: int) -> list[Chunk]:
 
 
 def count(chunk: torch.nn.Module) -> ParameterCount:
-    """Counts the parameters of a chunk; Megatron marks those of experts with ``allreduce``."""
+    """Count the parameters of a chunk; Megatron marks those of experts with ``allreduce``."""
     expert = dense = 0
     for parameter in chunk.parameters():
         if getattr(parameter, "allreduce", True):

@@ -32,7 +32,7 @@ class Options:
 
 
 def read_options(argv: Sequence[str], variables: Mapping[str, str]) -> Options:
-    """Reads and checks the planner's command line.
+    """Read and check the planner's command line.
 
     Args:
         argv: Without the program's name.
@@ -74,7 +74,7 @@ def read_options(argv: Sequence[str], variables: Mapping[str, str]) -> Options:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits at the first "--"; of a whole command behind it only the flags are kept."""
+    """Split at the first "--"; of a whole command behind it only the flags are kept."""
     own, planned = split_at_dashes(argv)
     if {"-h", "--help"} & set(own):
         return ["--help"], []
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    """Reads a time as sbatch's --time does."""
+    """Read a time as sbatch's --time does."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(f"--time-limit {text}: give minutes, H:MM:SS or D-HH:MM:SS")

@@ -23,7 +23,7 @@ _FEW = 4
 
 
 def draw_plan(plan: Plan) -> Figure:
-    """Draws alpha over steps for every layer, layers side by side with those of their stage.
+    """Draw alpha over steps for every layer, layers side by side with those of their stage.
 
     Args:
         plan: The plan; its ``curves`` hold the alphas.
@@ -62,7 +62,7 @@ def draw_plan(plan: Plan) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the picture, whole or not at all.
+    """Write the picture, whole or not at all.
 
     Raises:
         UserError: It cannot be written.
@@ -71,7 +71,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _mark_openings(axes: Axes, plan: Plan, rows: list[int]) -> None:
-    """Puts a dot where a layer is fully open."""
+    """Put a dot where a layer is fully open."""
     opens = {layer.layer: layer.opens_after_step for layer in plan.layers}
     points = [(opens[layer], row + 0.5) for row, layer in enumerate(rows) if opens[layer]]
     if points:
@@ -81,7 +81,7 @@ def _mark_openings(axes: Axes, plan: Plan, rows: list[int]) -> None:
 
 
 def _label_rows(axes: Axes, plan: Plan, chunks: list[dict[str, Any]]) -> None:
-    """Names stages and layers on the left, and draws lines between the stages."""
+    """Name stages and layers on the left, and draw lines between the stages."""
     starts = np.cumsum([0] + [len(chunk["layers"]) for chunk in chunks])
     virtual = plan.layout["virtual"] > 1
     for start, before, chunk in zip(starts[1:-1], chunks, chunks[1:], strict=False):
@@ -110,14 +110,14 @@ def _label_rows(axes: Axes, plan: Plan, chunks: list[dict[str, Any]]) -> None:
 
 
 def layer_span(layers: list[int]) -> str:
-    """Writes the layers of a chunk in short."""
+    """Write the layers of a chunk in short."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     return f"layers {layers[0]}-{layers[-1]}"
 
 
 def _mark_end(axes: Axes, end: int, right: float) -> None:
-    """Says where the training ends, in the picture or beyond it."""
+    """Say where the training ends, in the picture or beyond it."""
     inside = end < right
     if end == right:
         return

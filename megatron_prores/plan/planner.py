@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_prores import device
+from megatron_prores.command_line import device
+from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.environment import check_environment
-from megatron_prores.flags.arguments import read_prores_flags
 from megatron_prores.plan.result import Plan
 
 MAIN_PROGRAM = "pretrain_gpt_prores.py"
@@ -24,7 +24,7 @@ def make_plan(
     time_limit: float | None = None,
     seconds_per_step: float | None = None,
 ) -> Plan:
-    """Plans a run without starting it; needs no GPU and writes nothing.
+    """Plan a run without starting it; needs no GPU and write nothing.
 
     Sets this process up for the CPU device, for good, unless Megatron has been imported on it.
 
@@ -59,7 +59,7 @@ def make_plan(
 
 @contextmanager
 def _launched(argv: Sequence[str], world_size: int, gpus_per_node: int) -> Iterator[None]:
-    """Makes this process look like rank 0 of the job, for as long as it plans."""
+    """Make this process look like rank 0 of the job, for as long as it plans."""
     launcher = {
         "RANK": "0",
         "WORLD_SIZE": str(world_size),
@@ -90,6 +90,6 @@ def _launched(argv: Sequence[str], world_size: int, gpus_per_node: int) -> Itera
 
 
 def _connections(argv: Sequence[str]) -> str:
-    """Gives the CUDA_DEVICE_MAX_CONNECTIONS that Megatron asks of such a run on Hopper."""
+    """Return the CUDA_DEVICE_MAX_CONNECTIONS that Megatron asks of such a run on Hopper."""
     sharded = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
     return "32" if sharded & set(argv) else "1"

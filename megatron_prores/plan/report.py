@@ -10,7 +10,7 @@ _WIDTH = 100
 
 
 def text(plan: Plan) -> str:
-    """Writes a plan for a reader: what fits, who holds what, memory, time, warnings, notes."""
+    """Write a plan for a reader: what fits, who holds what, memory, time, warnings, notes."""
     sections = [
         ("The layout fits", [f"  {line}" for line in plan.fits]),
         (_model_title(plan), _stages(plan)),
@@ -56,7 +56,7 @@ def _stages(plan: Plan) -> list[str]:
 
 
 def _span(numbers: list[int]) -> str:
-    """Writes numbers as spans: 1-4, 7, 9-10."""
+    """Write numbers as spans: 1-4, 7, 9-10."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -133,7 +133,7 @@ def _training(plan: Plan) -> list[str]:
 
 
 def _layer_times(plan: Plan) -> list[str]:
-    """Says when every layer opens, in columns."""
+    """Say when every layer opens, in columns."""
     late = any(not layer.opens_in_training for layer in plan.layers if layer.opens_after_step)
     lines = ["  layer: step after which it is fully open (tokens)" + ", * not reached" * late]
     cells = [_layer_time(layer) for layer in plan.layers]

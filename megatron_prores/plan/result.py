@@ -61,5 +61,5 @@ class Plan:
     """What was not checked, and what was assumed."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives the plan for JSON, without the curves."""
+        """Return the plan for JSON, without the curves."""
         return {name: each for name, each in dataclasses.asdict(self).items() if name != "curves"}

@@ -76,7 +76,7 @@ def use(graph: type[Graph] = IterationGraph) -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import cuda_graphs
 
-    from megatron_prores.cpu import flags
+    from megatron_prores.command_line import cpu as flags
 
     torch.cuda.CUDAGraph = graph  # type: ignore[misc, assignment]
     torch.cuda.graph = Capture  # type: ignore[misc, assignment]
@@ -120,7 +120,7 @@ def plant(fault: Callable[[], None], prepare: Callable[[], None]) -> None:
 
 def exchange_alphas() -> None:
     """A fault: alpha is another tensor after each change, not the same tensor changed."""
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     def set_alpha(layer: Any, value: float) -> None:
         layer.alpha = torch.full_like(layer.alpha, value)
@@ -131,7 +131,7 @@ def exchange_alphas() -> None:
 
 def let_layers_open() -> None:
     """A fault: an open layer takes the stock path, also where a graph is to be captured."""
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     stock = ProResLayerMixin.__init__
 

@@ -18,8 +18,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
-from megatron_prores.layer import ProResTransformerLayer, _scaled_bias_dropout_add
-from megatron_prores.specs import prores_layer_spec
+from megatron_prores.model.layer import ProResTransformerLayer, _scaled_bias_dropout_add
+from megatron_prores.model.specs import prores_layer_spec
 from tests.distributed.layers import BATCH, HIDDEN, SEQUENCE, causal_mask, transformer_config
 
 CHANGES = 50

@@ -10,7 +10,7 @@ def number_layers_by_stage() -> None:
     """Each pipeline stage counts its layers from 1."""
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     def local_number(layer: ProResLayerMixin) -> int:
         return layer.layer_number - get_transformer_layer_offset(layer.config)
@@ -20,7 +20,7 @@ def number_layers_by_stage() -> None:
 
 def number_layers_by_stage_unaudited() -> None:
     """The same, with nobody looking."""
-    from megatron_prores import training
+    from megatron_prores.training import prores_run as training
 
     number_layers_by_stage()
     training.audit = lambda warmup, step: ""
@@ -34,8 +34,8 @@ def start_rank_1_with_another_schedule() -> None:
 
 def forget_alpha_in_deepest_layer() -> None:
     """The deepest layer trains without warmup, and no audit looks."""
-    from megatron_prores import training
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
+    from megatron_prores.training import prores_run as training
 
     stock = ProResLayerMixin.set_alpha
 
@@ -47,7 +47,7 @@ def forget_alpha_in_deepest_layer() -> None:
 
 
 def break_fused_attention() -> None:
-    from megatron_prores.attention import FusedDotProductAttention
+    from megatron_prores.model.attention import FusedDotProductAttention
 
     def forward(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no fused attention")
@@ -59,8 +59,8 @@ def nan_in_iteration_5() -> None:
     """The loss is NaN in the fifth iteration, on the rank that computes it."""
     import torch
 
-    from megatron_prores import gpt
-    from megatron_prores.training import ProResRun
+    from megatron_prores.training import gpt
+    from megatron_prores.training.prores_run import ProResRun
 
     iteration = 0
     loss_func, before_forward = gpt.loss_func, ProResRun.before_forward
@@ -79,7 +79,7 @@ def nan_in_iteration_5() -> None:
 
 def configure_twice() -> None:
     """Calls ``model_config`` two times, as a program does that asks before it runs."""
-    from megatron_prores import training
+    from megatron_prores.training import prores_run as training
 
     stock = training.model_config
 

@@ -48,7 +48,7 @@ def use() -> None:
     """Puts this backend where upstream and our spec take Transformer Engine's."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_prores import specs
+    from megatron_prores.model import specs
 
     gpt_layer_specs.TESpecProvider = FusedBackend
     specs.TESpecProvider = FusedBackend
@@ -56,7 +56,7 @@ def use() -> None:
 
 def run_forward_case(case: str, directory: str) -> None:
     """Computes a golden case on this backend, and prints which modules a layer has got."""
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     use()
     stock = ProResLayerMixin.__init__
@@ -83,7 +83,7 @@ def use_instead_of_local() -> None:
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    from megatron_prores import specs
+    from megatron_prores.model import specs
 
     use()
     specs.default_layer_spec = lambda config, vp_stage: get_gpt_layer_with_transformer_engine_spec()

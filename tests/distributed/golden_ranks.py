@@ -51,8 +51,8 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-    from megatron_prores.llama import from_llama
-    from megatron_prores.specs import prores_layer_spec
+    from megatron_prores.convert.llama import from_llama
+    from megatron_prores.model.specs import prores_layer_spec
 
     torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(
@@ -102,7 +102,7 @@ def _array(tensor: torch.Tensor) -> Any:
 
 
 def _set_alphas(chunks: list[Any]) -> None:
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     probe = golden.load_json("meta.json")["alpha_probe"]
     for chunk in chunks:
@@ -131,7 +131,7 @@ def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bo
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_prores.llama import fold_alphas, to_llama
+    from megatron_prores.convert.llama import fold_alphas, to_llama
 
     meta = golden.load_json("meta.json")
     weights = golden.parameters("forward", case)
@@ -171,8 +171,9 @@ def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bo
 
 def start_from_golden_weights(case: str) -> None:
     """Replaces data and initial weights of the main program by the authors', and nothing else."""
-    from megatron_prores import gpt, init
-    from megatron_prores.llama import from_llama
+    from megatron_prores.convert.llama import from_llama
+    from megatron_prores.model import initial_weights as init
+    from megatron_prores.training import gpt
 
     tokens = golden.load_arrays("train_data.npz")["tokens"]
 
@@ -213,10 +214,10 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import initialize_megatron
 
-    from megatron_prores import upstream
-    from megatron_prores.flags.arguments import parse_args, read_prores_flags
-    from megatron_prores.llama import to_llama
-    from megatron_prores.training import model_config
+    from megatron_prores.command_line.arguments import parse_args, read_prores_flags
+    from megatron_prores.convert.llama import to_llama
+    from megatron_prores.training.prores_run import model_config
+    from megatron_prores.upstream import seams as upstream
 
     sys.argv = ["pretrain_gpt_prores.py", *argv]
     _, device = read_prores_flags(argv)

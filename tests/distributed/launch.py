@@ -133,7 +133,7 @@ def _run_program(program: str, argv: Sequence[str], prepare: Callable[[], None] 
 
 def _record_alphas(path: Path) -> None:
     """Writes down what the layers of this rank really hold, each time that alpha was set."""
-    from megatron_prores.training import ProResRun
+    from megatron_prores.training.prores_run import ProResRun
 
     stock = ProResRun.before_forward
 

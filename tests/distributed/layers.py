@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_prores.specs import prores_layer_spec
+from megatron_prores.model.specs import prores_layer_spec
 
 SEQUENCE, BATCH, HIDDEN = 16, 2, 32
 

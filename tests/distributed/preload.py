@@ -1,6 +1,6 @@
 """What the fork server imports once, so that each rank need not."""
 
-from megatron_prores import device
+from megatron_prores.command_line import device
 
 device.prepare("cpu")
 
@@ -8,5 +8,5 @@ import megatron.training  # noqa: E402, F401
 import tensorboard.summary.writer.event_file_writer  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import megatron_prores.gpt  # noqa: E402
-import megatron_prores.training  # noqa: E402, F401
+import megatron_prores.training.gpt  # noqa: E402
+import megatron_prores.training.prores_run  # noqa: E402, F401

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_prores.config import BRANCH_INITS, OFF
 from megatron_prores.placement import PLACEMENTS
-from megatron_prores.schedule import SCHEDULES
+from megatron_prores.schedule.formulas import SCHEDULES
 from tests.distributed.random_layouts import Constraints, Layout, layouts
 
 # Float32, where layouts differ by rounding alone; dropout draws other numbers on another layout.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.replacement import wrap
+from megatron_prores.upstream.registry import wrap
 
 RECORD = "PRORES_TEST_LOSSES"
 """Environment variable: the file that a rank with losses appends to."""

@@ -1,6 +1,6 @@
 """Stock Megatron on the CPU device: the same program without our spec, hooks and warmup."""
 
-from megatron_prores import device
+from megatron_prores.command_line import device
 from megatron_prores.errors import run_program
 
 
@@ -13,10 +13,10 @@ def main() -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from megatron_prores import upstream
-    from megatron_prores.flags.arguments import parse_args
-    from megatron_prores.gpt import forward_step, train_valid_test_datasets_provider
-    from megatron_prores.monitor import close_tensorboard
+    from megatron_prores.command_line.arguments import parse_args
+    from megatron_prores.training.gpt import forward_step, train_valid_test_datasets_provider
+    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.warmup.scalars import close_tensorboard
 
     upstream.use_prebuilt_dataset_helpers()
     upstream.let_torch_adam_resume()

@@ -29,7 +29,7 @@ PARTS = (
 
 
 def _use_cpu_with_transformer_engine() -> None:
-    from megatron_prores import device
+    from megatron_prores.command_line import device
     from megatron_prores.cpu import gpu_packages
 
     gpu_packages.hide = lambda: None
@@ -37,7 +37,7 @@ def _use_cpu_with_transformer_engine() -> None:
 
 
 def _layers(chunks: list[Any]) -> Iterator[Any]:
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     for chunk in chunks:
         for module in chunk.modules():
@@ -53,7 +53,7 @@ def build_golden(case: str, tensor_parallel: int, directory: str) -> None:
     import numpy as np
     import torch
 
-    from megatron_prores.llama import to_llama
+    from megatron_prores.convert.llama import to_llama
     from tests import golden
     from tests.distributed import golden_ranks
 
@@ -106,8 +106,8 @@ def inspect_specs(directory: str) -> None:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
+    from megatron_prores.model.specs import prores_layer_spec
     from megatron_prores.placement import PLACEMENTS
-    from megatron_prores.specs import prores_layer_spec
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
@@ -166,8 +166,9 @@ def inspect_fused_norms(directory: str) -> None:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_prores import init, specs
     from megatron_prores.config import ProResConfig
+    from megatron_prores.model import initial_weights as init
+    from megatron_prores.model import specs
     from megatron_prores.placement import PLACEMENTS
 
     torch.distributed.init_process_group("gloo")
@@ -228,7 +229,7 @@ def inspect_fused_norms(directory: str) -> None:
 
 def pretrain(*argv: str) -> None:
     """Runs the main program on the CPU device with Transformer Engine's modules in the model."""
-    from megatron_prores.cpu import flags
+    from megatron_prores.command_line import cpu as flags
 
     refused = ("--transformer-impl",)
     flags.NOT_ON_CPU = tuple(rule for rule in flags.NOT_ON_CPU if rule[0] not in refused)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prores.schedule import alphas
+from megatron_prores.schedule.formulas import alphas
 from tests.distributed import fused_backend
 from tests.distributed.conftest import (
     LAST,

@@ -30,7 +30,7 @@ def modules(groups: int = HEADS, **config: object) -> list[torch.nn.Module]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_prores.attention import FusedDotProductAttention
+    from megatron_prores.model.attention import FusedDotProductAttention
 
     transformer = TransformerConfig(
         num_layers=4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prores.checkpoint_files import verify
+from megatron_prores.checkpoint import verify
 from tests.distributed.conftest import MODEL, WARMUP, Text
 from tests.distributed.launch import Job, run_job
 from tests.unit import stored

@@ -118,7 +118,7 @@ def test_swapped_norms_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def run_with_swapped_norms(case: str, layout: dict[str, Any], directory: str) -> None:
     """Plants a fault: the norms behind the two branches change places."""
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     stock = ProResLayerMixin.__init__
 

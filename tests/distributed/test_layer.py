@@ -169,7 +169,7 @@ def check_evaluation_keeps_no_graph(norm_placement: str, training: bool) -> None
 def check_alpha_follows_a_model_from_the_meta_device() -> None:
     """As Megatron-FSDP materializes a model: each module that owns parameters, and no other."""
     from megatron_prores.config import ProResConfig
-    from megatron_prores.warmup import ResidualWarmup
+    from megatron_prores.warmup.residual_warmup import ResidualWarmup
     from tests.distributed import layers
 
     layers.initialize()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prores.errors import EXIT_INTERRUPTED
-from megatron_prores.run.save_lock import LOCK_NAME
+from megatron_prores.training.save_lock import LOCK_NAME
 from tests.distributed import faults
 from tests.distributed.launch import MAIN_PROGRAM, REPOSITORY, run_job, start_job
 

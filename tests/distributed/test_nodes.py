@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_prores import launch
 from megatron_prores.errors import run_program
-from megatron_prores.run import nodes
+from megatron_prores.launch import main as launch
+from megatron_prores.launch import nodes
 from tests.distributed.launch import free_port, start_ranks
 
 HOST = socket.gethostname()

@@ -82,16 +82,16 @@ def check_layer_is_its_formula(name: str) -> None:
             (layer.input_layernorm, attention, layer.post_self_attn_layernorm),
             (layer.pre_mlp_layernorm, mlp, layer.post_mlp_layernorm),
         ):
-            f = behind(after, branch(before(y)), placement.norm_branch)
-            y = behind(after, d * y + a * f, placement.norm_sum)
+            f = behind(after, branch(before(y)), placement.branch_output_norm)
+            y = behind(after, d * y + a * f, placement.post_norm)
         torch.testing.assert_close(layers.run(layer, x), y, rtol=1e-5, atol=1e-5)
-        if a == 0.0 and not placement.norm_sum:
+        if a == 0.0 and not placement.post_norm:
             assert torch.equal(layers.run(layer, x), x)
-        if a == 0.0 and placement.norm_sum:
+        if a == 0.0 and placement.post_norm:
             once = layer.post_self_attn_layernorm(d * x)
             assert torch.equal(layers.run(layer, x), layer.post_mlp_layernorm(d * once))
     names = {n.split(".")[0] for n, _ in layer.named_parameters() if "layernorm" in n}
-    assert len(names) == 2 + 2 * placement.norm_branch
+    assert len(names) == 2 + 2 * placement.branch_output_norm
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -113,7 +113,7 @@ def test_no_class_of_ours_in_a_plain_model(name: str, text: Text, tmp_path: Path
 
 def print_own_classes() -> None:
     """Prints which of the model's modules have a class of this project's."""
-    from megatron_prores import init
+    from megatron_prores.model import initial_weights as init
 
     stock = init.finish
 

@@ -43,7 +43,7 @@ type Requests = dict[str, tuple[list[str], int]]
 
 def show_table() -> None:
     """Lets rank 0 of a run print the table of its audit, which it draws only for a fault."""
-    from megatron_prores import audit
+    from megatron_prores.warmup import audit
 
     stock = audit.find_faults
 
@@ -70,7 +70,7 @@ def make_plans(
         try:
             results[name] = make_plan(argv, world_size).as_dict()
         except StopRun as reason:
-            results[name] = {"error": reason.words(), "code": reason.exit_code}
+            results[name] = {"error": reason.message(), "code": reason.exit_code}
     Path(output).write_text(json.dumps(results))
 
 
@@ -122,7 +122,7 @@ def test_the_plan_is_what_the_audit_of_a_real_run_finds(
 
 def count_from_the_stage() -> None:
     """Each of two pipeline stages counts its two layers from 1."""
-    from megatron_prores.layer import ProResLayerMixin
+    from megatron_prores.model.layer import ProResLayerMixin
 
     ProResLayerMixin.prores_layer = property(lambda layer: (layer.layer_number - 1) % 2 + 1)
 

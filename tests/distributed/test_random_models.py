@@ -29,7 +29,7 @@ import torch
 
 from megatron_prores.config import BRANCH_INITS, OFF
 from megatron_prores.placement import PLACEMENTS
-from megatron_prores.schedule import SCHEDULES, alphas
+from megatron_prores.schedule.formulas import SCHEDULES, alphas
 from tests.distributed import faults
 from tests.distributed.launch import Job, run_job
 from tests.distributed.random_layouts import Layout

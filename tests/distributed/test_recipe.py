@@ -99,7 +99,7 @@ def check_shared_experts_have_their_own_gain() -> None:
     import torch
 
     from megatron_prores.config import ProResConfig
-    from megatron_prores.init import finish
+    from megatron_prores.model.initial_weights import finish
     from tests.distributed import layers
 
     layers.initialize()
@@ -132,7 +132,7 @@ def check_zero_centered_norms_start_below_zero() -> None:
     import torch
 
     from megatron_prores.config import ProResConfig
-    from megatron_prores.init import finish
+    from megatron_prores.model.initial_weights import finish
     from tests.distributed import layers
 
     layers.initialize()

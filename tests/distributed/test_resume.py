@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_prores.schedule import opening_steps
+from megatron_prores.schedule.formulas import opening_steps
 from tests.distributed.conftest import MODEL, OPTIMIZER, Text
 from tests.distributed.launch import Job, run_job
 

@@ -32,7 +32,7 @@ def check_every_known_place() -> None:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_prores.errors import UserError
-    from megatron_prores.specs import _without_input_norms
+    from megatron_prores.model.specs import _without_input_norms
     from tests.distributed.fused_backend import FusedBackend, NormThenLinear
 
     class Duplicated:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prores.flags.arguments import add_prores_args
-from megatron_prores.schedule import SCHEDULES
+from megatron_prores.command_line.arguments import add_prores_args
+from megatron_prores.schedule.formulas import SCHEDULES
 from tests.examples.clone import REPOSITORY, make_clone, run
 from tests.wrong_invocations import ROWS
 

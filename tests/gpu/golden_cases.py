@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_prores import device
+from megatron_prores.command_line import device
 from tests import golden
 from tests.distributed import golden_ranks
 

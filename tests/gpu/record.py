@@ -6,8 +6,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_prores import device
-from megatron_prores.flags.arguments import read_prores_flags
+from megatron_prores.command_line import device
+from megatron_prores.command_line.arguments import read_prores_flags
 from tests.distributed.launch import MAIN_PROGRAM, _record_alphas
 
 if __name__ == "__main__":

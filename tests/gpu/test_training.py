@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prores.schedule import alphas
+from megatron_prores.schedule.formulas import alphas
 from tests.distributed.launch import Job
 from tests.gpu.command_lines import (
     BF16,

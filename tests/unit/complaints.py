@@ -11,7 +11,7 @@ def complaint_of(function: Callable[..., object], *args: object) -> str:
     """What a user reads when ``function(*args)`` refuses: one line that names the flag."""
     with pytest.raises(UserError) as error:
         function(*args)
-    words = error.value.words()
+    words = error.value.message()
     assert words.startswith("--prores-")
     assert "\n" not in words
     return words

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_prores.flags.arguments import _Parser, add_prores_args
+from megatron_prores.command_line.arguments import add_prores_args
+from megatron_prores.errors import Parser
 from tests.distributed.launch import REPOSITORY
 
 DOCUMENT = "docs/flags.md"
@@ -37,7 +38,7 @@ def read_document(text: str | None = None) -> list[Listed]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return Megatron's parser with the group ProRes; its errors are exceptions."""
-    parser = add_megatron_arguments(_Parser(add_help=False, allow_abbrev=False))
+    parser = add_megatron_arguments(Parser(add_help=False, allow_abbrev=False))
     return add_prores_args(parser)
 
 

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_prores.checkpoint_files import manifest
+from megatron_prores.checkpoint import manifest
 from megatron_prores.config import ProResConfig
 
 COMMON = "common_state/shard_0_1"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_prores.audit import HeldLayer, RankReport, find_faults, layer_map, table
+from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, layer_map, table
 
 ALPHAS = [1.0, 0.5, 0.25, 0.125]
 

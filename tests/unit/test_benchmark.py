@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prores.benchmark.measure import interleave, ratio
 from megatron_prores.placement import PLACEMENTS
+from studies.benchmark.measure import interleave, ratio
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 

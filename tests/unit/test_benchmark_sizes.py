@@ -22,19 +22,19 @@ from typing import Any
 
 import pytest
 
-from megatron_prores.benchmark.model import PUBLISHED, Size
-from megatron_prores.benchmark.sizes import main as sizes
-from megatron_prores.benchmark.sizes import report, row
-from megatron_prores.benchmark.sizes.flops import flops_per_token, peak_tflops
-from megatron_prores.benchmark.sizes.options import read_options
-from megatron_prores.benchmark.sizes.plan import (
+from megatron_prores.errors import UserError
+from studies.benchmark.model import PUBLISHED, Size
+from studies.benchmark.sizes import main as sizes
+from studies.benchmark.sizes import report, row
+from studies.benchmark.sizes.flops import flops_per_token, peak_tflops
+from studies.benchmark.sizes.options import read_options
+from studies.benchmark.sizes.plan import (
     expected_seconds,
     layers_that_fit,
     memory_needed,
     plan,
 )
-from megatron_prores.benchmark.sizes.results import Results
-from megatron_prores.errors import UserError
+from studies.benchmark.sizes.results import Results
 from tests.distributed.launch import REPOSITORY, run_ranks
 
 TINY = """

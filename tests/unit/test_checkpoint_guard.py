@@ -13,8 +13,8 @@ import torch
 from megatron.core.dist_checkpointing import validation
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_prores import checkpoint
-from megatron_prores.checkpoint_files import guard, manifest, safe_load
+from megatron_prores.checkpoint import guard, manifest, safe_load
+from megatron_prores.command_line import saved_run as checkpoint
 from megatron_prores.errors import UserError
 from tests.unit import stored
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prores.checkpoint_files import tool
+from megatron_prores.checkpoint import tool
 from megatron_prores.errors import UserError
 from tests.unit import stored
 

@@ -53,9 +53,10 @@ def test_the_table_has_every_program_and_no_row_twice() -> None:
 
 
 def test_the_table_has_every_flag_of_ours() -> None:
-    from megatron_prores.flags.arguments import _Parser, add_prores_args
+    from megatron_prores.command_line.arguments import add_prores_args
+    from megatron_prores.errors import Parser
 
-    parser = add_prores_args(_Parser(add_help=False))
+    parser = add_prores_args(Parser(add_help=False))
     tried = " ".join(row.argv for row in ROWS).replace("=", " ").split()
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert flags <= set(tried)

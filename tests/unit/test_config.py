@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
-from megatron_prores.flags.arguments import read_prores_flags
 
 
 def test_default_is_the_papers_linear_warmup_of_a_thousand_iterations_per_layer() -> None:
@@ -41,5 +41,5 @@ def test_warmup_is_given_whole_or_per_layer(argv: list[str], total: int) -> None
 def test_wrong_flags_are_named(argv: list[str], words: str) -> None:
     with pytest.raises(UserError) as error:
         read_prores_flags(argv)
-    assert words in error.value.words()
-    assert "\n" not in error.value.words()
+    assert words in error.value.message()
+    assert "\n" not in error.value.message()

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prores.audit import report_of
+from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.config import ProResConfig
-from megatron_prores.custom_schedule import MAX_FILE_BYTES, load_schedule
-from megatron_prores.flags.arguments import read_prores_flags
-from megatron_prores.schedule import alphas
-from megatron_prores.warmup import ResidualWarmup
+from megatron_prores.schedule.custom import MAX_FILE_BYTES, load_schedule
+from megatron_prores.schedule.formulas import alphas
+from megatron_prores.warmup.audit import report_of
+from megatron_prores.warmup.residual_warmup import ResidualWarmup
 from tests.unit.complaints import complaint_of
 
 STEPS = [10, 20, 50]

@@ -121,7 +121,7 @@ def test_every_need_is_made_of_checks() -> None:
 
 def test_the_version_of_megatron_is_that_of_the_replacements() -> None:
     assert f"against megatron-core {packages.UPSTREAM}" in " ".join(
-        (REPOSITORY / "megatron_prores" / "upstream.py").read_text().split()
+        (REPOSITORY / "megatron_prores" / "upstream" / "registry.py").read_text().split()
     )
     assert f"megatron-core=={packages.UPSTREAM}\n" in (REPOSITORY / "constraints.txt").read_text()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_prores.command_line.document_masks import check_document_mask, position_advice
 from megatron_prores.errors import UserError
-from megatron_prores.flags.document_masks import check_document_mask, position_advice
 
 
 def flags(**given: Any) -> SimpleNamespace:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_prores.command_line import conflicts, never
+from megatron_prores.command_line.arguments import read_prores_flags
+from megatron_prores.command_line.conflicts import check_flags
+from megatron_prores.command_line.effects import NO_EFFECT, UNTRIED, effect_warnings
+from megatron_prores.command_line.never import NEVER
+from megatron_prores.command_line.rules import NOT_WITH_OWN_LAYER
 from megatron_prores.environment import every_package
 from megatron_prores.errors import UserError
-from megatron_prores.flags import compatibility, never
-from megatron_prores.flags.arguments import read_prores_flags
-from megatron_prores.flags.compatibility import check_flags
-from megatron_prores.flags.effects import NO_EFFECT, UNTRIED, effect_warnings
-from megatron_prores.flags.never import NEVER
-from megatron_prores.flags.rules import NOT_WITH_OWN_LAYER
 from tests.distributed.launch import REPOSITORY
 from tests.gpu.command_lines import BF16
 from tests.unit.flag_list import (
@@ -44,7 +44,7 @@ LISTED = read_document()
 @pytest.fixture(autouse=True)
 def _target_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Takes packages as installed and leaves the GPU alone, as the planner does."""
-    monkeypatch.setattr(compatibility, "check_fp8_hardware", lambda args: None)
+    monkeypatch.setattr(conflicts, "check_fp8_hardware", lambda args: None)
     with every_package():
         yield
 
@@ -55,10 +55,10 @@ def of(verdict: str) -> list[Listed]:
 
 def check(words: list[str]) -> None:
     """Parses and checks a command line as the main program does before Megatron validates it."""
-    read_prores_flags(words)
+    prores, _ = read_prores_flags(words)
     args = PARSER.parse_args(words)
     args.rank, args.world_size = 0, 1
-    check_flags(args)
+    check_flags(args, prores)
 
 
 def flags_of(table: dict[str, str]) -> set[str]:
@@ -106,8 +106,8 @@ def test_a_refused_flag_ends_the_program_with_its_name(flag: str) -> None:
     check(BASE)
     with pytest.raises(UserError) as caught:
         check([*BASE, *words_of(flag, ACTIONS[flag])])
-    assert flag in caught.value.words().split()
-    assert "\n" not in caught.value.words()
+    assert flag in caught.value.message().split()
+    assert "\n" not in caught.value.message()
 
 
 def test_gated_delta_net_asks_for_its_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_prores.command_line.fp8 import fp8_advice
 from megatron_prores.config import ProResConfig
-from megatron_prores.flags.fp8 import fp8_advice
-from megatron_prores.fp8_study import report
-from megatron_prores.fp8_study.document import render
-from megatron_prores.fp8_study.formats import E4M3, E5M2, Fp8Format, loss_of, quantize
-from megatron_prores.fp8_study.options import read_options
-from megatron_prores.fp8_study.recipes import RECIPES, Recipe
-from megatron_prores.fp8_study.scaling import Blocks, Current, Delayed
+from studies.fp8 import report
+from studies.fp8.document import render
+from studies.fp8.formats import E4M3, E5M2, Fp8Format, loss_of, quantize
+from studies.fp8.options import read_options
+from studies.fp8.recipes import RECIPES, Recipe
+from studies.fp8.scaling import Blocks, Current, Delayed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "fp8_study.py"
@@ -202,10 +202,10 @@ def test_megatron_knows_the_defaults_and_values_of_every_recipe() -> None:
     """The flags are read by Megatron's own parser, in a process where it is imported."""
     code = """
 import argparse, json
-from megatron_prores import device
+from megatron_prores.command_line import device
 device.prepare("cpu")
 from megatron.training.arguments import add_megatron_arguments
-from megatron_prores.fp8_study.recipes import RECIPES
+from studies.fp8.recipes import RECIPES
 parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 for recipe in filter(None, RECIPES.values()):
     parser.parse_args(recipe.flags())

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_prores.custom_schedule import FileSchedule
 from megatron_prores.errors import UserError
-from megatron_prores.schedule import SCHEDULES, alphas, opening_steps
-from megatron_prores.schedule_file import parse_table
+from megatron_prores.schedule.custom import FileSchedule
+from megatron_prores.schedule.formulas import SCHEDULES, alphas, opening_steps
+from megatron_prores.schedule.table import parse_table
 from tests.unit.preprocess_helpers import EOD, NULL_TOKENIZER, command, read_dataset, run
 
 SUFFIXES = (".bin", ".idx")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from megatron.core.msc_utils import maybe_msc
 
-from megatron_prores.run.lifecycle import WholeTracker
+from megatron_prores.training.lifecycle import WholeTracker
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

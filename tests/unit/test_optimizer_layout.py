@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_prores.checkpoint import SavedRun, _check_optimizer_layout
+from megatron_prores.command_line.saved_run import SavedRun, _check_optimizer_layout
+from megatron_prores.command_line.setup_checks import _check_experts_optimizer
 from megatron_prores.errors import UserError
-from megatron_prores.flags.preflight import _check_experts_optimizer
 
 
 def run_of(**changes: Any) -> SimpleNamespace:

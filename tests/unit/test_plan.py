@@ -16,7 +16,7 @@ import pytest
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.plan.options import read_options
-from megatron_prores.timeline import Phase, Timeline
+from megatron_prores.schedule.timeline import Phase, Timeline
 from tests.refusals import REPOSITORY, clean_environment
 
 DOC = REPOSITORY / "docs" / "plan.md"
@@ -88,9 +88,10 @@ def test_samples_and_steps_are_each_others_inverse_while_the_batch_grows() -> No
 
 def test_a_warmup_in_samples_opens_layers_at_the_step_that_reaches_them() -> None:
     prores = ProResConfig(warmup_samples=120)
-    assert GROWING.opening_steps(prores, 4) == [3, 4, 5, 5]  # 30, 60, 90, 120 samples
-    assert GROWING.opening_steps(ProResConfig(warmup_iters=8), 4) == [2, 4, 6, 8]
-    assert GROWING.opening_steps(ProResConfig(schedule="fix_L"), 2) == [None, None]
+    # 30, 60, 90, 120 samples
+    assert GROWING.steps_at(prores.opening_steps(4), prores.unit) == [3, 4, 5, 5]
+    assert GROWING.steps_at([2, 4, None], "iterations") == [2, 4, None]
+    assert GROWING.steps_at([None, None], "samples") == [None, None]
 
 
 # ---- The command, as a user starts it ------------------------------------------------------------

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_prores.command_line.precision import (
+    check_fp8_hardware,
+    check_fp8_shapes,
+    check_graphs,
+)
 from megatron_prores.errors import UserError
-from megatron_prores.flags.precision import check_fp8_hardware, check_fp8_shapes, check_graphs
 
 # ffn sizes of the paper's models, which are all multiples of 8 and not all of 16 or 32.
 PUBLISHED = {
@@ -104,7 +108,7 @@ def test_graphs_that_work(impl: str) -> None:
 def test_graphs_that_do_not(
     args: SimpleNamespace, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_prores.flags import precision
+    from megatron_prores.command_line import precision
 
     monkeypatch.setattr(precision, "is_installed", lambda module: False)
     with pytest.raises(UserError, match=words):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_prores import environment
+from megatron_prores.command_line import resiliency
+from megatron_prores.command_line.resiliency import LEAST, check_resiliency, check_start
 from megatron_prores.environment import every_package
 from megatron_prores.errors import UserError
-from megatron_prores.flags import resiliency
-from megatron_prores.flags.resiliency import LEAST, check_resiliency, check_start
 from tests.distributed.launch import REPOSITORY
 
 GIVEN = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prores.errors import UserError
-from megatron_prores.run.save_lock import LOCK_NAME, STALE_SECONDS, Holder, SaveLock
+from megatron_prores.training.save_lock import LOCK_NAME, STALE_SECONDS, Holder, SaveLock
 
 
 def holder(**changes: object) -> Holder:
@@ -38,7 +38,7 @@ def test_a_second_run_is_refused_by_name_and_goes_on_after_the_first(tmp_path: P
     second = SaveLock(tmp_path / "new")
     with pytest.raises(UserError) as refusal:
         second.acquire()
-    message = refusal.value.words()
+    message = refusal.value.message()
     for part in (f"pid {os.getpid()}", "job 77", os.uname()[1], str(first.path)):
         assert part in message
     first.release()
@@ -114,7 +114,7 @@ def test_only_one_of_many_gets_a_stale_lock(tmp_path: Path) -> None:
     leave_lock(tmp_path, holder(pid=dead_pid()))
     program = (
         "import sys, time\n"
-        "from megatron_prores.run.save_lock import SaveLock\n"
+        "from megatron_prores.training.save_lock import SaveLock\n"
         "from megatron_prores.errors import UserError\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "try:\n    SaveLock(sys.argv[1]).acquire()\n"

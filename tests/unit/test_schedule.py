@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_prores.schedule import SCHEDULES, alphas, opening_steps
+from megatron_prores.schedule.formulas import SCHEDULES, alphas, opening_steps
 from tests.golden import load_json
 
 GOLDEN = load_json("alpha.json")

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.config import ProResConfig
-from megatron_prores.flags.arguments import read_prores_flags
-from megatron_prores.schedule import alphas
+from megatron_prores.schedule.formulas import alphas
 from tests.unit.complaints import complaint_of
 
 RAMP = """
@@ -168,7 +168,7 @@ def test_a_module_that_imports_megatron_is_refused(module_name: str, tmp_path: P
     (tmp_path / "megatron" / "core.py").write_text("")
     Path(f"{module_name}.py").write_text("import megatron.core\n" + RAMP)
     script = f"""
-import megatron_prores.flags.arguments as arguments
+import megatron_prores.command_line.arguments as arguments
 from megatron_prores.errors import run_program
 run_program(lambda: arguments.read_prores_flags(["--prores-schedule", "{module_name}:alphas"]))
 """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_prores.checkpoint_files.te_state import drop_absent_states, load_state
+from megatron_prores.checkpoint.te_state import drop_absent_states, load_state
 
 
 def an_object(key: str) -> ShardedObject:
@@ -69,7 +69,7 @@ def test_cpu_device_hides_what_needs_a_gpu(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
     code = """
-from megatron_prores import device
+from megatron_prores.command_line import device
 device.prepare("cpu")
 import megatron.core.optimizer
 from megatron.core.extensions import transformer_engine as extension

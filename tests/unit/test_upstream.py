@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from megatron.training import training
 
-from megatron_prores import upstream
-from megatron_prores.replacement import listed, undo, undone_afterwards, wrap
+from megatron_prores.upstream import seams as upstream
+from megatron_prores.upstream.registry import listed, undo, undone_afterwards, wrap
 
 
 @pytest.fixture

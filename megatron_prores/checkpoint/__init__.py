@@ -1,0 +1,1 @@
+"""Checkpoints: what they remember, their manifest, saving and loading them safely."""

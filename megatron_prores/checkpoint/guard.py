@@ -1,0 +1,242 @@
+"""In a training run: a manifest with every checkpoint, and no run from a damaged one.
+
+The run stops on all ranks, with a line that names the newest intact checkpoint and the flag that
+loads it. It does not take that one by itself: the iterations in between were paid for, and whether
+they are gone is the user's to say. Nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_prores.checkpoint import manifest, safe_load, saving, te_state
+from megatron_prores.checkpoint.manifest import DamagedError, Manifest
+from megatron_prores.checkpoint.reader import (
+    FORMAT,
+    TRACKER,
+    StoredCheckpoint,
+    iteration_name,
+    iterations,
+    tracked,
+)
+from megatron_prores.checkpoint.saving import REMOTE, cause_of
+from megatron_prores.checkpoint.verify import newest_intact, surface_damage
+from megatron_prores.errors import UserError
+from megatron_prores.upstream.registry import wrap
+
+_SLOWEST_READ = 100e6
+"""Bytes per second; how long the other ranks wait at most for the one that looks for an intact
+checkpoint."""
+
+
+def install() -> None:
+    """Put the manifest and the verification into Megatron's saving and loading.
+
+    Raises:
+        RuntimeError: The installed Megatron has other signatures than those relied on.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training, wandb_utils
+
+    safe_load.install()
+    te_state.install()
+    needs = ("checkpoint_dir", "async_sharded_save", "verify_integrity")
+    wrap(dist_checkpointing, "save", needs, saving.save)
+    wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)
+    wrap(checkpointing, "_load_base_checkpoint", ("load_dir", "args", "rank0"), _load)
+    wrap(training, "save_checkpoint", ("iteration",), saving.report_failure)
+    noted = ("tracker_filename", "iteration")
+    wrap(wandb_utils, "on_save_checkpoint_success", noted, saving.tell_wandb)
+    wrap(training, "maybe_finalize_async_save", (), saving.report_failure)
+
+
+def check_paths(args: Any) -> None:
+    """Refuse a run whose checkpoint to load is damaged, or whose ``--save`` cannot be written.
+
+    To be called before anything of the checkpoint is read. Sees what can be seen without reading
+    the large files; these follow when the ranks can share the work.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the file, and the newest intact checkpoint with the flag that loads it.
+    """
+    if args.save is not None and not args.save.startswith(REMOTE):
+        _check_writable(Path(args.save))
+    for flag, root in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
+        if root is None or root.startswith(REMOTE):
+            continue
+        directory = None
+        try:
+            directory = to_load(Path(root), args.ckpt_step)
+            damage = surface_damage(directory) if directory is not None else []
+        except DamagedError as error:
+            damage = [str(error)]
+        if damage:
+            _stop_alone(f"{flag} {root}", Path(root), directory, damage)
+        if directory is not None:
+            return
+
+
+def to_load(root: Path, step: int | None) -> Path | None:
+    """Return the checkpoint that Megatron is going to load.
+
+    Args:
+        root: What ``--load`` names.
+        step: ``--ckpt-step``.
+
+    Returns:
+        Its directory, which may be missing; None where there is no checkpoint.
+
+    Raises:
+        DamagedError: The tracker file is damaged, or missing beside finished checkpoints: Megatron
+            would begin from the first iteration, and overwrite them.
+    """
+    if step:
+        return root / iteration_name(step)
+    if (newest := tracked(root)) is not None:
+        return root / iteration_name(newest)
+    if root.is_dir() and any(_is_finished(directory) for directory in iterations(root).values()):
+        raise DamagedError(f"{TRACKER} is missing, though there are checkpoints")
+    return None
+
+
+def _is_finished(directory: Path) -> bool:
+    """Whether a checkpoint was saved to its end.
+
+    One without a manifest, of a run of ours, is the first one, whose saving was interrupted before
+    the tracker file was written: nothing was lost but it.
+    """
+    if (directory / manifest.NAME).exists():
+        return True
+    if not (directory / FORMAT).exists():
+        return False
+    try:
+        return not hasattr(StoredCheckpoint(directory).args, "prores_schedule")
+    except DamagedError:
+        return True
+
+
+def _check_writable(path: Path) -> None:
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--save {path}: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--save {path}: {nearest} cannot be written to")
+
+
+def _verdict(flag: str, root: Path, directory: Path | None, damage: list[str]) -> str:
+    """Words the refusal; looks for the newest intact checkpoint, which may take a while."""
+    what = damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
+    if directory is not None:
+        what = f"the checkpoint {directory.name} is damaged: {what}"
+    intact = newest_intact(root, directory) if root.is_dir() else None
+    advice = (
+        f"the newest intact checkpoint is that of iteration {intact}: load it with "
+        f"--ckpt-step {intact}"
+        if intact is not None
+        else "no intact checkpoint is there"
+    )
+    return f"{flag}: {what}. Nothing was deleted; {advice}"
+
+
+def _stop_alone(flag: str, root: Path, directory: Path | None, damage: list[str]) -> NoReturn:
+    """Stop every rank before they can talk to each other; the first one says why."""
+    if _rank() == 0:
+        raise UserError(_verdict(flag, root, directory, damage))
+    # A launcher ends all ranks with the first one that ends, which must have found its words.
+    found = iterations(root).values() if root.is_dir() else ()
+    size = sum(file.stat().st_size for place in found for file in place.iterdir() if file.is_file())
+    time.sleep(2 + size / _SLOWEST_READ)
+    raise UserError(f"{flag}: {damage[0]}")
+
+
+def _rank() -> int:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def verify_together(flag: str, root: Path, directory: Path, hashes: bool) -> None:
+    """Verify the checkpoint to load, each rank a share of it. Collective over all ranks.
+
+    Args:
+        flag: What the user named the checkpoint with, for the message.
+        root: The directory that it named.
+        directory: The checkpoint.
+        hashes: Whether to compare the content of all files, not only their sizes.
+
+    Raises:
+        UserError: On every rank, when any has found damage.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    known: list[tuple[list[str], Manifest | None]] = [([], None)]
+    if rank == 0 and not (damage := surface_damage(directory)):
+        known = [([], manifest.read(directory))]
+    elif rank == 0:
+        known = [(damage, None)]
+    torch.distributed.broadcast_object_list(known, src=0)
+    damage, expected = known[0]
+    if not damage and expected is not None and hashes:
+        mine = manifest.wrong_content(directory, expected, manifest.share(expected, rank, ranks))
+        shares: list[list[str]] = [[]] * ranks
+        torch.distributed.all_gather_object(shares, mine)
+        damage = sorted({each for one in shares for each in one})
+    elif not damage and expected is None and rank == 0:
+        print(f"> {directory} has no {manifest.NAME}: only names and sizes of its files verified")
+    if damage:
+        words = [_verdict(flag, root, directory, damage) if rank == 0 else ""]
+        torch.distributed.broadcast_object_list(words, src=0)
+        raise UserError(words[0])
+
+
+_verified: set[Path] = set()
+
+
+def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """Around ``_load_base_checkpoint``: verifies first, then says clearly what cannot be read."""
+    args, root = named["args"], named["load_dir"]
+    if root is None or root.startswith(REMOTE):
+        return stock()
+    flag = ("--load " if root == args.load else "--pretrained-checkpoint ") + root
+    try:
+        directory = to_load(Path(root), getattr(args, "ckpt_step", None))
+    except DamagedError as error:
+        _stop_alone(flag, Path(root), None, [str(error)])
+    if directory is None:
+        return stock()
+    if torch.distributed.is_initialized() and directory not in _verified:
+        verify_together(flag, Path(root), directory, args.prores_verify_checkpoint == "hashes")
+        _verified.add(directory)
+    try:
+        return stock()
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        cause = cause_of(error)
+        if not _is_unreadable(cause):
+            raise
+        message = f"{flag}: {directory.name} cannot be read: {safe_load.describe(cause)}"
+        if _rank() != 0:
+            # Perhaps only here; errors of other ranks are else not shown.
+            print(f"error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
+        raise UserError(message) from error
+
+
+def _is_unreadable(error: BaseException) -> bool:
+    kinds = (pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile)
+    words = (json.JSONDecodeError, UnicodeDecodeError)
+    return isinstance(error, (*kinds, *words)) or "PytorchStreamReader" in str(error)

@@ -1,0 +1,151 @@
+"""The manifest of a checkpoint, ``integrity.json``: the size and the sha256 of each of its files.
+
+Neither torch's format nor Megatron's says whether a file still has the content that was written.
+The manifest is the one that Megatron writes itself with ``--verify-integrity``, on one rank, with
+sizes added, so that stock Megatron reads it too.
+
+It protects against damage, not against malice: who can change a file can change the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = "integrity.json"
+_ALGORITHM = "sha256"
+_THREADS = 8
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is not what it should be; says which and how."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file."""
+
+    size: int | None
+    """In bytes; None where stock Megatron wrote the manifest."""
+    sha256: str
+    """Hexadecimal."""
+
+
+type Manifest = dict[str, Entry]
+"""Name of a file, relative to the checkpoint's directory -> what it should be."""
+
+
+def digest(path: Path) -> Entry:
+    """Read a file to its end.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, _ALGORITHM).hexdigest()
+        return Entry(os.fstat(file.fileno()).st_size, sha256)
+
+
+def file_names(directory: Path) -> list[str]:
+    """List the files that belong into a manifest."""
+    return sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.is_file() and entry.name != NAME and not entry.name.endswith(".tmp")
+    )
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest of a finished checkpoint; all of it or nothing.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    content = {
+        "algorithm": _ALGORITHM,
+        "files": {name: manifest[name].sha256 for name in sorted(manifest)},
+        "sizes": {name: manifest[name].size for name in sorted(manifest)},
+    }
+    staged = directory / f"{NAME}.tmp"
+    with staged.open("w") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, directory / NAME)
+
+
+def read(directory: Path) -> Manifest | None:
+    """Read a checkpoint's manifest.
+
+    Returns:
+        None where there is none, as in checkpoints that stock Megatron saved.
+
+    Raises:
+        DamagedError: It is there and cannot be read.
+    """
+    path = directory / NAME
+    try:
+        content = json.loads(path.read_bytes())
+        sizes = content.get("sizes", {})
+        if content["algorithm"] != _ALGORITHM or not isinstance(sizes, dict):
+            raise ValueError
+        manifest = {
+            name: Entry(sizes.get(name), sha256) for name, sha256 in content["files"].items()
+        }
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{NAME} is not a manifest") from error
+    if not manifest or any(Path(name).name != name for name in manifest):
+        # Names only: nothing outside of the checkpoint is opened.
+        raise DamagedError(f"{NAME} is not a manifest")
+    return manifest
+
+
+def wrong_sizes(directory: Path, manifest: Manifest) -> list[str]:
+    """Find files that are absent, or longer or shorter than they were; reads none of them."""
+    found = []
+    for name, expected in manifest.items():
+        try:
+            size = (directory / name).stat().st_size
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+        else:
+            if expected.size not in (None, size):
+                found.append(f"{name} has {size} bytes instead of {expected.size}")
+    return found
+
+
+def wrong_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Find files, among those named, whose content has changed; reads them whole, in parallel."""
+
+    def check(name: str) -> str | None:
+        try:
+            actual = digest(directory / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return None if actual.sha256 == manifest[name].sha256 else f"{name} has changed (sha256)"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [damage for damage in pool.map(check, names) if damage is not None]
+
+
+def share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
+    """Return the files that one of ``ranks`` ranks reads, so that all read about as much."""
+    loads = [0] * ranks
+    mine = []
+    for name in sorted(manifest, key=lambda name: (-(manifest[name].size or 0), name)):
+        reader = loads.index(min(loads))
+        loads[reader] += manifest[name].size or 1
+        if reader == rank:
+            mine.append(name)
+    return mine

@@ -1,0 +1,214 @@
+"""Reads what a checkpoint holds without executing anything of it.
+
+Three formats of a checkpoint are pickles, which can name any function and have it called:
+
+- ``.metadata``, the index of torch's distributed checkpoints: torch 2.15 reads it by a plain
+  ``pickle.load`` (``FileSystemReader.read_metadata``);
+- the objects among the tensors (arguments, random states): torch reads them by ``torch.load`` with
+  ``weights_only=False`` (``DefaultLoadPlanner.load_bytes``);
+- the tensors themselves: ``weights_only=True``, safe as they are.
+
+:func:`install` makes the first two safe in this process, for Megatron's loading as well.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import types
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import Metadata
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_PLANNER = "torch.distributed.checkpoint.planner"
+
+# All that an index is made of: data classes, enumerations, shapes. None of them acts when called.
+_INDEX_GLOBALS = frozenset(
+    {(_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")}
+    | {(_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")}
+    | {(_METADATA, name) for name in ("ChunkStorageMetadata", "TensorProperties")}
+    | {(_METADATA, "_MEM_FORMAT_ENCODING")}
+    | {(_FILESYSTEM, name) for name in ("_StorageInfo", "_StoragePrefix")}
+    | {(_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")}
+    | {(_PLANNER, "BytesIOWriteData")}
+    | {(_OLD_METADATA, name) for name in ("TensorProperties", "MEM_FORMAT_ENCODING")}
+    | {("torch", "Size"), ("torch.serialization", "_get_layout")}
+    | {("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "frozenset")}
+    | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
+)
+
+# What Megatron's own safe globals allow outside of Megatron, for the objects among the tensors.
+_OBJECT_GLOBALS = (
+    *(
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+    ),
+    *("signal.Signals", "_io.BytesIO", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType"),
+    *("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct"),
+)
+
+# The types of numpy's dtypes, whose instances torch wants to know as well.
+_DTYPES = (np.dtypes.UInt32DType, np.dtypes.Int64DType, np.dtypes.Float64DType)
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class RefusedError(pickle.UnpicklingError):
+    """A file asks for something to be called that its format has no use for."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # By its attribute, never by the dotted paths of newer protocols: these reach everywhere.
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _INDEX_GLOBALS:
+            raise RefusedError(f"refused: it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def load_index(file: IO[bytes]) -> Any:
+    """Unpickle a checkpoint's index, ``.metadata``.
+
+    Raises:
+        RefusedError: It asks for anything but the plain data that an index is made of.
+    """
+    return _IndexUnpickler(file).load()
+
+
+def read_index(path: os.PathLike[str]) -> Metadata:
+    """Read a checkpoint's index from its file, ``.metadata``.
+
+    Raises:
+        RefusedError: It asks for anything but plain data, or is none.
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            index = load_index(file)
+        except (RefusedError, OSError):
+            raise
+        except Exception as error:  # a damaged pickle fails in any way
+            raise RefusedError(f"unreadable: {describe(error)}") from error
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise RefusedError("unreadable: not the index of a checkpoint")
+    return index
+
+
+class _StandIn:
+    """Takes the place of an object of Megatron's, so that reading needs no Megatron."""
+
+    def __new__(cls, *args: Any) -> _StandIn:
+        made = super().__new__(cls)
+        made.__dict__["args"] = args
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        """Take whatever the object was made from."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__["state"] = state
+
+    def __repr__(self) -> str:
+        inner = ", ".join(map(repr, self.__dict__.get("args", ())))
+        return f"{type(self).__name__}({inner})"
+
+    def __eq__(self, other: object) -> bool:
+        return repr(type(self)) == repr(type(other)) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def load_object(data: bytes) -> Any:
+    """Read an object that was saved among the tensors, with stand-ins for Megatron's classes.
+
+    Args:
+        data: As ``torch.save`` wrote it.
+
+    Raises:
+        RefusedError: It asks for anything but plain data, or cannot be read.
+    """
+    try:
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        # Without those of Megatron, which safe_globals() would forget when it is left.
+        known = torch.serialization.get_safe_globals()
+        allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+            each for each in _DTYPES if each not in known
+        ]
+        for name in needed:
+            if name.startswith("megatron."):
+                allowed.append((type(name.rpartition(".")[2], (_StandIn,), {}), name))
+            elif name in _OBJECT_GLOBALS:
+                allowed.append((_resolve(name), name))
+            else:
+                raise RefusedError(f"refused: it asks for {name}, which no checkpoint needs")
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError(f"unreadable: {describe(error)}") from error
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.rpartition(".")
+    resolved: Callable[..., Any] = getattr(__import__(module, fromlist=[attribute]), attribute)
+    return resolved
+
+
+def describe(error: BaseException) -> str:
+    """Say in a few words why something could not be read.
+
+    torch's own message is a page of advice, which begins with how to switch the safety off.
+    """
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in text:
+        if found := re.search(r"GLOBAL ([\w.]+)", text):
+            return f"refused: it asks for {found[1]}, which no checkpoint needs"
+        return "refused: not the plain data that a checkpoint holds"
+    return (text.splitlines() or [type(error).__name__])[0].strip() or type(error).__name__
+
+
+def install() -> None:
+    """Make this process, and what it starts, load checkpoints without executing anything of them.
+
+    Every ``torch.load`` reads plain data only, whatever its caller asks for: by torch's own
+    environment variable. The index is read by :func:`load_index`.
+
+    Raises:
+        RuntimeError: The installed torch reads its files in another way than 2.15 does.
+    """
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ[_FORCE] = "1"
+    probe = io.BytesIO()
+    torch.save(_resolve("os.getpid"), probe)
+    probe.seek(0)
+    try:
+        torch.load(probe, weights_only=False)
+    except pickle.UnpicklingError:
+        pass
+    else:
+        raise RuntimeError(_moved("torch.load", f"does not heed {_FORCE}"))
+    reader = filesystem.FileSystemReader.read_metadata
+    if not {"pickle", "load"} <= set(reader.__code__.co_names):
+        raise RuntimeError(_moved("FileSystemReader.read_metadata", "has no pickle.load"))
+    # Only this module's name for pickle; it writes with it as well.
+    safe = types.SimpleNamespace(**{**vars(pickle), "load": load_index})
+    vars(filesystem)["pickle"] = safe
+
+
+def _moved(what: str, how: str) -> str:
+    return (
+        f"torch {torch.__version__} has moved: {what} {how}. "
+        "megatron_prores/checkpoint/safe_load.py was written against 2.15."
+    )

@@ -1,0 +1,1 @@
+"""Flags in, refusals out: Megatron's command line, the group ProRes, and what cannot work."""

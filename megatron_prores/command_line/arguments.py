@@ -1,0 +1,240 @@
+"""The flags of the main program: Megatron's own, and the group "ProRes".
+
+They are read twice. Before Megatron is imported only our own are (:func:`read_prores_flags`): the
+device decides how Megatron is imported, and a wrong value should not cost a user its ten seconds.
+Then Megatron's parser reads all of them (:func:`parse_args`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import linecache
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from megatron_prores.config import (
+    DEFAULT_WARMUP_ITERS_PER_LAYER,
+    OFF,
+    ProResConfig,
+)
+from megatron_prores.errors import TRACEBACK, Parser, UserError
+from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.formulas import SCHEDULES
+
+DEVICES = ("cuda", "cpu")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that there is none of.
+
+    Raises:
+        UserError: Names those that there are.
+    """
+    if device not in DEVICES:
+        raise UserError(f"--device {device}: choose one of {', '.join(DEVICES)}")
+
+
+def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "ProRes" to a parser, as Megatron's ``extra_args_provider``."""
+    group = parser.add_argument_group(
+        title="ProRes", description="Progressive Residual Warmup (arXiv 2603.05369)"
+    )
+    group.add_argument(
+        "--prores-schedule",
+        default="linear",
+        metavar="NAME",
+        help="How alpha of a layer grows from 0 to 1; "
+        f"one of {', '.join(SCHEDULES)}; {OFF}: plain Megatron; file:PATH: a table in a .csv "
+        "(step,1,2,...,L) or .json file, interpolated; module:function: your own "
+        "function(step, layers, warmup). Default: linear.",
+    )
+    group.add_argument(
+        "--prores-warmup-iters",
+        type=int,
+        metavar="W",
+        help="Iterations of the whole warmup: after W iterations every layer is fully open.",
+    )
+    group.add_argument(
+        "--prores-warmup-iters-per-layer",
+        type=int,
+        metavar="T",
+        help="Iterations of the warmup per layer, so that W = T x layers. "
+        f"Default: {DEFAULT_WARMUP_ITERS_PER_LAYER}, if --prores-warmup-iters is not given.",
+    )
+    group.add_argument(
+        "--prores-warmup-samples",
+        type=int,
+        metavar="S",
+        help="The whole warmup in samples: alpha follows the consumed samples, as the learning "
+        "rate does in sample-based training.",
+    )
+    group.add_argument(
+        "--prores-override-checkpoint",
+        action="store_true",
+        help="Go on from a checkpoint that was trained with other ProRes settings, with the "
+        "settings of this command line.",
+    )
+    group.add_argument(
+        "--prores-restart",
+        action="store_true",
+        help="With --finetune: warm the loaded model up again, all layers closed at first.",
+    )
+    group.add_argument(
+        "--prores-verify-checkpoint",
+        default="hashes",
+        choices=("hashes", "sizes"),
+        help="What to compare of a checkpoint with its manifest before it is loaded; hashes: the "
+        "content of every file, each rank reading its share; sizes: only that every file is there "
+        "and as long as it was. Default: hashes.",
+    )
+    group.add_argument(
+        "--norm-placement",
+        default="pre",
+        metavar="NAME",
+        help="Where the norms of a layer sit; one of "
+        + "; ".join(f"{name}: {placement.formula}" for name, placement in PLACEMENTS.items())
+        + ". Default: pre.",
+    )
+    group.add_argument(
+        "--branch-init",
+        default="auto",
+        metavar="NAME",
+        help="Initial weights; normal: one standard deviation for every linear layer, as in the "
+        "paper; scaled: 1/sqrt(2L) of it for the last linear of a branch, as in Megatron and "
+        "GPT-2; deepnorm: DeepNorm's gains; auto: deepnorm with that placement, else normal. "
+        "Default: auto.",
+    )
+    group.add_argument(
+        "--embedding-weight-decay",
+        action="store_true",
+        help="Decay the embedding like other weights, as Megatron does; the paper's runs do not.",
+    )
+    group.add_argument(
+        "--device",
+        default="cuda",
+        metavar="DEVICE",
+        help="cuda, or cpu: train on CPU tensors and gloo, for a first run and for tests.",
+    )
+    return parser
+
+
+def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
+    """Read and check our own flags alone, without Megatron.
+
+    Args:
+        argv: The command line, without the program's name.
+
+    Returns:
+        The ProRes configuration, and the device, "cuda" or "cpu".
+
+    Raises:
+        UserError: A value is wrong.
+    """
+    parser = add_prores_args(Parser(add_help=False, allow_abbrev=False))
+    parser.add_argument("--num-layers", type=int)  # Megatron's; a user's own schedule must fit it
+    parser.add_argument("--yaml-cfg")  # Megatron would read it before anybody could object
+    args, _ = parser.parse_known_args(argv)
+    if args.yaml_cfg is not None:
+        raise UserError(
+            "--yaml-cfg cannot be used with pretrain_gpt_prores.py: give the options as flags"
+        )
+    check_device(args.device)
+    config = ProResConfig.from_args(args)
+    if args.num_layers is not None and args.num_layers >= 1:
+        config.check_layers(args.num_layers)
+    return config, args.device
+
+
+def explicit_prores_flags(argv: Sequence[str]) -> set[str]:
+    """Name the destinations of our flags that the command line really has."""
+    parser = add_prores_args(Parser(add_help=False, allow_abbrev=False))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
+
+
+def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
+    """Parse and validate the whole command line with Megatron's own parser.
+
+    Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
+    ``parse_and_validate_args``.
+
+    Args:
+        device: "cuda" or "cpu", as :func:`read_prores_flags` gave it; the CPU has other defaults.
+
+    Returns:
+        Megatron's arguments, and the ProRes configuration, agreed with the checkpoint to load.
+
+    Raises:
+        UserError: A flag is unknown, wrong, or cannot work with ProRes, on the chosen device, or
+            with the checkpoint.
+    """
+    from megatron.training import arguments
+
+    from megatron_prores.checkpoint.guard import check_paths
+    from megatron_prores.command_line import saved_run, setup_checks
+    from megatron_prores.command_line.conflicts import check_flags
+    from megatron_prores.command_line.paths import check_files
+    from megatron_prores.data.dataset_files import data_prefixes
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # Not a subclass: Megatron makes the parser itself.
+        parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
+        add_prores_args(parser)
+        if device == "cpu":
+            from megatron_prores.command_line.cpu import set_defaults
+
+            set_defaults(parser)
+        return parser
+
+    # Once for our checks, which must come before upstream opens files and writers.
+    try:
+        args = arguments.parse_args(provider)
+    except RuntimeError as error:  # --enable-msc without its package
+        raise UserError(upstream_words(error)) from error
+    check_paths(args)
+    saved = saved_run.find_saved_run(args)
+    restored = saved_run.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
+    prores = ProResConfig.from_args(args)
+    check_flags(args, prores)
+    check_files(args)
+    saved_run.check_agreement(args, prores, saved)
+    datasets = [] if args.mock_data else data_prefixes(args)
+    try:
+        with setup_checks.around_setup(prores, datasets, saved, upstream_words):
+            args = arguments.parse_and_validate_args(provider)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if (path := args.heterogeneous_layers_config_path) is None:
+            raise
+        raise UserError(
+            f"--heterogeneous-layers-config-path {path}: Megatron cannot read the model's layers "
+            f"from it: {type(error).__name__}: {error} ({TRACEBACK}=1 shows where)"
+        ) from error
+    except (AssertionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(upstream_words(error)) from error
+    except SystemExit as error:
+        # With exit code 0; rank 0 has printed why.
+        raise UserError("Megatron ended the run at these flags, with the words above") from error
+    vars(args).update(restored)
+    prores.check_layers(args.num_layers)
+    # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
+    args.prores_settings = prores.settings(args.num_layers)
+    return args, prores
+
+
+def upstream_words(error: Exception) -> str:
+    """Say in one line what upstream's validation objects to."""
+    message = str(error)
+    if not message and error.__traceback__ is not None:
+        message = f"this must hold: {_failed_assertion(error.__traceback__)}"
+    return f"Megatron refuses these flags: {message} ({TRACEBACK}=1 shows where)"
+
+
+def _failed_assertion(traceback: TracebackType) -> str:
+    """Read the source of an assertion that has no message; its names are those of the flags."""
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    line = linecache.getline(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
+    return line.strip().removeprefix("assert ").removesuffix(", \\").replace("args.", "")

@@ -1,0 +1,106 @@
+"""The paths of a command line: data, tokenizer, checkpoints, and the directories of output."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_prores.checkpoint.reader import TRACKER
+from megatron_prores.command_line.values import check_split, flag_of
+from megatron_prores.data.dataset_files import check_dataset, data_prefixes
+from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
+from megatron_prores.errors import UserError
+
+
+def check_files(args: Any) -> None:
+    """Refuse a run whose data, tokenizer, checkpoint or output directories cannot be used.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the file.
+    """
+    check_directories(args)
+    check_checkpoint_is_there(args)
+    layers = args.heterogeneous_layers_config_path
+    if layers is not None and not os.path.isfile(layers):
+        raise UserError(f"--heterogeneous-layers-config-path {layers}: no such file")
+    if args.tokenizer_type is None:
+        raise UserError("--tokenizer-type is missing: give the one that the data was made with")
+    check_tokenizer_arguments(args)
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if not prefixes:
+        raise UserError(
+            "no data to train on: give --data-path PREFIX, --train-data-path and "
+            "--valid-data-path, or --mock-data"
+        )
+    check_split(args)
+    for flag, prefix in dict.fromkeys(prefixes):
+        check_dataset(flag, prefix)
+
+
+def check_directories(args: Any) -> None:
+    """Refuse directories of output that cannot be made, and W&B without what it needs.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the path.
+    """
+    for destination in ("tensorboard_dir", "wandb_save_dir", "data_cache_path"):
+        path = getattr(args, destination)
+        if path and "://" not in path:
+            _check_writable(flag_of(destination), path)
+    if args.wandb_project:
+        if not args.wandb_exp_name:
+            raise UserError("--wandb-project needs --wandb-exp-name: a name for this run")
+        if not (args.wandb_save_dir or args.save):
+            raise UserError("--wandb-project needs --wandb-save-dir, or --save")
+
+
+def _check_writable(flag: str, path: str) -> None:
+    nearest = os.path.abspath(path)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        raise UserError(f"{flag} {path}: {nearest} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {nearest} cannot be written to")
+
+
+def check_checkpoint_is_there(args: Any) -> None:
+    """Refuse a run that needs a checkpoint and has none: upstream ends it with exit code 0.
+
+    Without ``--exit-on-missing-checkpoint`` and ``--finetune``, a ``--load`` that is empty yet is
+    how the first of a chain of runs starts.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: Names the flag and the directory.
+    """
+    for flag, path in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
+        if path and os.path.lexists(path) and not os.path.isdir(path):
+            raise UserError(f"{flag} {path}: not a directory")
+    given = [path for path in (args.load, args.pretrained_checkpoint) if path]
+    there = any("://" in path or os.path.isfile(os.path.join(path, TRACKER)) for path in given)
+    if there or args.ckpt_step:
+        return
+    for flag, wanted in (
+        ("--exit-on-missing-checkpoint", args.exit_on_missing_checkpoint),
+        ("--finetune", args.finetune),
+        ("--pretrained-checkpoint", bool(args.pretrained_checkpoint)),
+    ):
+        if wanted:
+            where = f"--load {args.load}" if args.load else f"--pretrained-checkpoint {given[-1:]}"
+            if not given:
+                where = "--load is not given"
+            raise UserError(f"{where}: no checkpoint is there, and {flag} needs one")

@@ -1,0 +1,1 @@
+"""Weights by the names that other programs know them by."""

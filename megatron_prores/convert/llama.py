@@ -1,0 +1,287 @@
+"""Weights by their Llama names, in and out of a Megatron model, for every norm placement.
+
+One table, read in both directions. A Megatron parameter is one or more Llama weights joined along
+their rows, each cut over the tensor-parallel ranks along one dimension. Which layers a rank holds
+is the layers' own business, so every pipeline and virtual-pipeline layout is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_prores.placement import PLACEMENTS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter and the Llama weights that it is made of."""
+
+    megatron: tuple[str, ...]
+    """Its name in the model or layer; the second one where Transformer Engine fuses a norm."""
+    llama: tuple[str, ...]
+    """Llama names, in the order in which they are joined."""
+    shard_dim: int | None
+    """The dimension that is cut over tensor-parallel ranks; None where each rank holds all."""
+    rows: str = ""
+    """How rows are joined: "qkv" by query group, "halves" one after the other, "" not at all."""
+
+
+_LINEARS = (
+    Entry(
+        ("self_attention.linear_qkv.weight",),
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        shard_dim=0,
+        rows="qkv",
+    ),
+    Entry(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), shard_dim=1),
+    Entry(
+        ("mlp.linear_fc1.weight",),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        shard_dim=0,
+        rows="halves",
+    ),
+    Entry(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), shard_dim=1),
+)
+
+type _Norms = dict[tuple[str, ...], str]
+
+_BEFORE_ATTENTION = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+_AFTER_ATTENTION = ("post_self_attn_layernorm.weight",)
+_BEFORE_MLP = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+_AFTER_MLP = ("post_mlp_layernorm.weight",)
+
+# The names of the authors' model. They change their meaning with the placement: what is called
+# post_attention_layernorm stands before the MLP in a pre-norm layer.
+_PRE_NORMS: _Norms = {
+    _BEFORE_ATTENTION: "input_layernorm.weight",
+    _BEFORE_MLP: "post_attention_layernorm.weight",
+}
+_POST_NORMS: _Norms = {
+    _AFTER_ATTENTION: "post_attention_layernorm.weight",
+    _AFTER_MLP: "post_feedforward_layernorm.weight",
+}
+_SANDWICH_NORMS: _Norms = {
+    _BEFORE_ATTENTION: "input_layernorm.weight",
+    _AFTER_ATTENTION: "post_attention_layernorm.weight",
+    _BEFORE_MLP: "pre_feedforward_layernorm.weight",
+    _AFTER_MLP: "post_feedforward_layernorm.weight",
+}
+
+LAYER_ENTRIES: dict[str, tuple[Entry, ...]] = {
+    placement: (
+        *_LINEARS,
+        *(Entry(megatron, (llama,), shard_dim=None) for megatron, llama in norms.items()),
+    )
+    for placement, norms in {
+        "pre": _PRE_NORMS,
+        "lns": _PRE_NORMS,
+        "sandwich": _SANDWICH_NORMS,
+        "post": _POST_NORMS,
+        "deepnorm": _POST_NORMS,
+    }.items()
+}
+"""Norm placement -> the parameters of one layer, named within ``model.layers.<l - 1>``."""
+
+MODEL_ENTRIES = (
+    Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shard_dim=0),
+    Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), shard_dim=None),
+    Entry(("output_layer.weight",), ("lm_head.weight",), shard_dim=0),
+)
+"""The parameters outside the layers."""
+
+
+@torch.no_grad()
+def to_llama(
+    chunks: list[Any],
+    norm_placement: str,
+    vocab_size: int,
+    read: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
+) -> dict[str, Tensor]:
+    """Return the whole weights of the layers that this pipeline stage holds, by Llama names.
+
+    Collective over the tensor-parallel group.
+
+    Args:
+        chunks: Model chunks of this rank, wrapped or not.
+        norm_placement: One of ``placement.PLACEMENTS``.
+        vocab_size: Rows of the embedding and the output head without Megatron's padding.
+        read: What to take of a parameter, such as its gradient, of the same shape.
+
+    Returns:
+        Llama name -> tensor on the CPU, the same on every tensor-parallel rank.
+    """
+    weights: dict[str, Tensor] = {}
+    for entry, prefix, parameter, config in _parameters(chunks, norm_placement):
+        parts = _split_rows(read(parameter).detach(), entry, config)
+        for name, part in zip(entry.llama, parts, strict=True):
+            whole = _gather(part, entry.shard_dim)
+            if entry in MODEL_ENTRIES and entry.shard_dim == 0:
+                whole = whole[:vocab_size]
+            # A copy: on the CPU device this would else be a view of the model's own weight.
+            weights[prefix + name] = whole.to(device="cpu", copy=True)
+    return weights
+
+
+@torch.no_grad()
+def from_llama(chunks: list[Any], norm_placement: str, weights: Mapping[str, Tensor]) -> None:
+    """Set the parameters of this rank from whole weights by Llama names, in place.
+
+    Args:
+        chunks: Model chunks of this rank, wrapped or not.
+        norm_placement: One of ``placement.PLACEMENTS``.
+        weights: Llama name -> whole tensor, of all layers; those of other stages are not read.
+
+    Raises:
+        ValueError: A weight is missing, or has another shape than the model's.
+    """
+    for entry, prefix, parameter, config in _parameters(chunks, norm_placement):
+        missing = [prefix + name for name in entry.llama if prefix + name not in weights]
+        if missing:
+            raise ValueError(f"no weight {missing[0]} for norm placement {norm_placement}")
+        parts = [weights[prefix + name] for name in entry.llama]
+        if entry in MODEL_ENTRIES and entry.shard_dim == 0:
+            parts = [_pad_rows(parts[0], parameter.shape[0] * _tp_size())]
+        shard = _join_rows([_shard(part, entry.shard_dim) for part in parts], entry, config)
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"{prefix}{' + '.join(entry.llama)} gives {tuple(shard.shape)} on this rank, the "
+                f"model has {tuple(parameter.shape)}"
+            )
+        parameter.copy_(shard)
+
+
+def fold_alphas(
+    weights: Mapping[str, Tensor], norm_placement: str, alphas: Sequence[float]
+) -> dict[str, Tensor]:
+    """Fold each layer's alpha into its weights: the same model, without ProRes.
+
+    A branch ends in a linear without bias, or, in a sandwich, in a norm without bias: scaling that
+    last weight scales the branch. A model exported before its warmup is over must be folded, or it
+    would run with branches that are larger than those it was trained with.
+
+    Args:
+        weights: Llama name -> whole tensor.
+        norm_placement: One of ``placement.PLACEMENTS``.
+        alphas: alpha of layer 1..L at the iteration of the weights.
+
+    Returns:
+        Llama name -> tensor; new ones where they differ.
+    """
+    last = ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
+    if PLACEMENTS[norm_placement].branch_output_norm:
+        last = [_SANDWICH_NORMS[_AFTER_ATTENTION], _SANDWICH_NORMS[_AFTER_MLP]]
+    folded = dict(weights)
+    for index, alpha in enumerate(alphas):
+        for name in last:
+            key = f"model.layers.{index}.{name}"
+            folded[key] = weights[key] * alpha
+    return folded
+
+
+def _parameters(
+    chunks: list[Any], norm_placement: str
+) -> Iterator[tuple[Entry, str, nn.Parameter, TransformerConfig]]:
+    """Yield (entry, prefix of the Llama names, parameter, configuration) for this rank.
+
+    Raises:
+        ValueError: The model has a parameter without a Llama name, or lacks one that has one.
+    """
+    for chunk in unwrap_model(chunks):
+        _check_is_llama(chunk.config)
+        named = dict(chunk.named_parameters())
+        found: list[tuple[Entry, str, nn.Parameter, TransformerConfig]] = []
+        for entry in MODEL_ENTRIES:
+            # A stage in the middle has neither; a tied head is no parameter of its own.
+            if entry.megatron[0] in named:
+                found.append((entry, "", named.pop(entry.megatron[0]), chunk.config))
+        for index, layer in enumerate(chunk.decoder.layers):
+            prefix = f"model.layers.{layer.layer_number - 1}."
+            for entry in LAYER_ENTRIES[norm_placement]:
+                names = [f"decoder.layers.{index}.{name}" for name in entry.megatron]
+                name = next((name for name in names if name in named), None)
+                if name is None:
+                    raise ValueError(f"no Llama names for this model: it has no {names[0]}")
+                found.append((entry, prefix, named.pop(name), chunk.config))
+        if named:
+            raise ValueError(
+                f"no Llama names for {len(named)} of this model's parameters: "
+                f"{', '.join(list(named)[:5])}{', ...' if len(named) > 5 else ''}"
+            )
+        yield from found
+
+
+def _check_is_llama(config: TransformerConfig) -> None:
+    """Refuse what would be split into other weights than it is made of.
+
+    Raises:
+        ValueError: Names the part.
+    """
+    if not config.gated_linear_unit:
+        raise ValueError("no Llama names for this model: its MLP has no gate (--swiglu)")
+    if config.attention_output_gate:
+        raise ValueError("no Llama names for this model: its attention has a gate")
+
+
+def _groups(config: TransformerConfig) -> int:
+    return config.num_query_groups or config.num_attention_heads
+
+
+def _split_rows(weight: Tensor, entry: Entry, config: TransformerConfig) -> list[Tensor]:
+    """Take a parameter apart into its Llama weights, each still this rank's shard."""
+    if entry.rows == "halves":
+        return list(weight.chunk(2))
+    if entry.rows == "qkv":
+        # [groups, queries of a group + key + value, h]; each part in whole heads.
+        channels = config.kv_channels
+        queries = config.num_attention_heads // _groups(config) * channels
+        grouped = weight.view(-1, queries + 2 * channels, weight.shape[-1])
+        return [
+            part.reshape(-1, weight.shape[-1])
+            for part in grouped.split([queries, channels, channels], dim=1)
+        ]
+    return [weight]
+
+
+def _join_rows(parts: list[Tensor], entry: Entry, config: TransformerConfig) -> Tensor:
+    """Undo :func:`_split_rows`."""
+    if entry.rows == "qkv":
+        groups = _groups(config) // _tp_size()
+        return torch.cat([part.view(groups, -1, part.shape[-1]) for part in parts], dim=1).view(
+            -1, parts[0].shape[-1]
+        )
+    return torch.cat(parts)
+
+
+def _tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _shard(weight: Tensor, dim: int | None) -> Tensor:
+    if dim is None:
+        return weight
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return weight.chunk(_tp_size(), dim=dim)[rank]
+
+
+def _gather(shard: Tensor, dim: int | None) -> Tensor:
+    if dim is None or _tp_size() == 1:
+        return shard
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(_tp_size())]
+    torch.distributed.all_gather(
+        shards, shard, group=parallel_state.get_tensor_model_parallel_group()
+    )
+    return torch.cat(shards, dim=dim)
+
+
+def _pad_rows(weight: Tensor, rows: int) -> Tensor:
+    """Add the rows of zeros with which Megatron fills a vocabulary up."""
+    return torch.cat([weight, weight.new_zeros(max(rows - weight.shape[0], 0), weight.shape[1])])

@@ -1,1 +1,0 @@
-"""The command line: Megatron's flags and ours, and everything that is refused before any work."""

@@ -1,0 +1,242 @@
+"""The transformer layer with the residual hook: x + alpha F(N(x)), or where else the norms sit.
+
+Megatron's TransformerLayer adds a branch to the residual stream in its bias-dropout-add ("bda")
+submodules, ``self_attn_bda`` and ``mlp_bda``. ProRes scales there and nowhere else, so that
+recompute, every kind of parallelism, MoE, MLA and the fine-grained schedules that call a layer's
+bda themselves all see it, and Transformer Engine's low-precision GEMMs stay as they are: the scalar
+multiplies their high-precision output (paper, section 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from megatron_prores.placement import PLACEMENTS
+
+BranchOutput = tuple[Tensor, Tensor | None]
+"""What a branch hands to its bda: output [s, b, h] and the bias [h] that is still to be added."""
+
+BiasDropoutAdd = Callable[[BranchOutput, Tensor, float], Tensor]
+"""(branch output and bias, residual [s, b, h], dropout probability) -> new residual [s, b, h]."""
+
+
+def _scaled_bias_dropout_add(
+    x_with_bias: BranchOutput, residual: Tensor, prob: float, *, training: bool, alpha: Tensor
+) -> Tensor:
+    """Return residual + dropout(alpha * (x + bias)), [s, b, h].
+
+    The product is taken in float32: alpha moves by less than bfloat16 can tell apart. Autograd
+    keeps nothing for it but alpha itself, as alpha needs no gradient.
+    """
+    x, bias = x_with_bias
+    x = (x.float() * alpha).to(residual.dtype)
+    if bias is not None:
+        bias = (bias.float() * alpha).to(residual.dtype)
+    return bias_dropout_add_unfused(training)((x, bias), residual, prob)
+
+
+@jit_fuser
+def _scaled_bias_dropout_add_fused_train(
+    x_with_bias: BranchOutput, residual: Tensor, prob: float, alpha: Tensor
+) -> Tensor:
+    return _scaled_bias_dropout_add(x_with_bias, residual, prob, training=True, alpha=alpha)
+
+
+@jit_fuser
+def _scaled_bias_dropout_add_fused_inference(
+    x_with_bias: BranchOutput, residual: Tensor, prob: float, alpha: Tensor
+) -> Tensor:
+    return _scaled_bias_dropout_add(x_with_bias, residual, prob, training=False, alpha=alpha)
+
+
+@dataclass
+class ProResLayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's parts of a layer, and the norms that stand behind a branch."""
+
+    post_self_attn_layernorm: LayerNormBuilder = IdentityOp
+    """N2 of the attention branch (sandwich), or N of its sum (post, deepnorm)."""
+    post_mlp_layernorm: LayerNormBuilder = IdentityOp
+    """N2 of the MLP branch (sandwich), or N of its sum (post, deepnorm)."""
+
+
+class ProResLayerMixin:
+    """Scales the residual branches of a Megatron transformer layer by ``alpha``.
+
+    ``alpha`` is a float32 scalar tensor on the layer's device, changed in place by
+    :meth:`set_alpha`: nothing recompiles when it moves, and a captured CUDA graph reads the new
+    value. It is neither a parameter nor a buffer: it is in no state dict, and a model that is cast
+    to bfloat16 keeps it in full precision.
+    """
+
+    alpha: Tensor
+    layer_number: int
+    is_mtp_layer: bool
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ProResLayerSubmodules,
+        *args: Any,
+        norm_placement: str = "pre",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]
+        self.placement = PLACEMENTS[norm_placement]
+        self.stream_gain = self.placement.stream_gain(config.num_layers)
+        norm_arguments = {
+            "config": config,
+            "hidden_size": config.hidden_size,
+            "eps": config.layernorm_epsilon,
+        }
+        self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(**norm_arguments)
+        self.post_mlp_layernorm = submodules.post_mlp_layernorm(**norm_arguments)
+
+        self.alpha = torch.ones((), dtype=torch.float32, device=_device_of(self))
+        self._alpha_value = 1.0
+        # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
+        self._always_scale = config.cuda_graph_impl != "none"
+        for name, norm in (
+            ("self_attn_bda", self.post_self_attn_layernorm),
+            ("mlp_bda", self.post_mlp_layernorm),
+        ):
+            stock = getattr(self, name)
+            # A heterogeneous model leaves a branch out: there is nothing to add, nor to scale.
+            if not isinstance(stock, IdentityFuncOp):
+                setattr(self, name, partial(self._get_bda, stock, norm))
+        if not self.placement.is_stock:
+            # Megatron enables gradients around every bda, even in an evaluation and in the first
+            # pass of a recomputed layer. Our norms have weights: autograd would keep a graph.
+            self.bias_dropout_add_exec_handler = contextlib.nullcontext
+
+    @property
+    def prores_layer(self) -> int | None:
+        """l, this layer's place among the L layers of the whole model, from 1; None outside them.
+
+        ``layer_number`` already counts over pipeline and virtual-pipeline stages. Multi-token
+        prediction layers number from 1 again and are not part of the L layers.
+        """
+        return None if self.is_mtp_layer else self.layer_number
+
+    def set_alpha(self, value: float) -> None:
+        """Set alpha in place; takes effect with the next forward pass.
+
+        Args:
+            value: alpha(l, t), within [0, 1].
+        """
+        # The GPU is left alone when nothing changes, which is always so once a layer is open.
+        if value != self._alpha_value:
+            self.alpha.fill_(value)
+            self._alpha_value = value
+
+    def place_alpha(self, device: torch.device) -> None:
+        """Move alpha to a device, with its value.
+
+        Args:
+            device: Where the layer computes.
+        """
+        if self.alpha.device != device:
+            self.alpha = torch.full((), self._alpha_value, dtype=torch.float32, device=device)
+
+    def _get_bda(
+        self,
+        get_stock_bda: Callable[[bool, bool], BiasDropoutAdd],
+        norm: Callable[[Tensor], Tensor],
+        training: bool,
+        fused: bool,
+    ) -> BiasDropoutAdd:
+        """Stand in for a bda submodule of the layer: (training, fused) -> bda."""
+        add = self._get_addition(get_stock_bda, training, fused)
+        return add if self.placement.is_stock else partial(self._add_with_norm, add, norm)
+
+    def _get_addition(
+        self, get_stock_bda: Callable[[bool, bool], BiasDropoutAdd], training: bool, fused: bool
+    ) -> BiasDropoutAdd:
+        """Return the addition x + a F: stock once the layer is open, else scaled."""
+        if self._alpha_value == 1.0 and not self._always_scale:
+            return get_stock_bda(training, fused)
+        if not fused:
+            return partial(_scaled_bias_dropout_add, training=training, alpha=self.alpha)
+        if training:
+            return partial(_scaled_bias_dropout_add_fused_train, alpha=self.alpha)
+        return partial(_scaled_bias_dropout_add_fused_inference, alpha=self.alpha)
+
+    def _add_with_norm(
+        self,
+        add: BiasDropoutAdd,
+        norm: Callable[[Tensor], Tensor],
+        branch_with_bias: BranchOutput,
+        x: Tensor,
+        prob: float,
+    ) -> Tensor:
+        """Add a branch to the stream with the norm behind it, all [s, b, h].
+
+        Sandwich: x + a N(F). Post: N(x + a F). Deepnorm: N(d x + a F).
+        """
+        if self.placement.branch_output_norm:
+            branch, bias = branch_with_bias
+            return add((norm(branch if bias is None else branch + bias), None), x, prob)
+        if self.stream_gain != 1.0:
+            x = self.stream_gain * x
+        return norm(add(branch_with_bias, x, prob))
+
+    def _get_submodules_under_cudagraphs(self) -> list[Any]:
+        """Count the norms behind a branch among what a graph of a part of the layer covers.
+
+        Upstream calls the pre-forward hooks of these modules by hand before a replay: with
+        ``--overlap-param-gather`` they wait for the weights that the graph is about to read.
+        """
+        modules = super()._get_submodules_under_cudagraphs()  # type: ignore[misc]
+        parts = self.config.cuda_graph_modules  # type: ignore[attr-defined]
+        if not parts:
+            return modules  # the layer as a whole
+        mlp = CudaGraphModule.moe if self.is_moe_layer else CudaGraphModule.mlp  # type: ignore[attr-defined]
+        if CudaGraphModule.attn in parts:
+            modules.append(self.post_self_attn_layernorm)
+        if mlp in parts:
+            modules.append(self.post_mlp_layernorm)
+        return modules
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Let alpha follow the layer to another device, but not to another dtype."""
+        module = super()._apply(fn, recurse)  # type: ignore[misc]
+        self.place_alpha(_device_of(self))
+        return module
+
+
+def _device_of(layer: Any) -> torch.device:
+    # A layer with both branches left out has no parameters, and its alpha multiplies nothing.
+    parameter = next(layer.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+class ProResTransformerLayer(ProResLayerMixin, TransformerLayer):
+    """Megatron's transformer layer with ProRes."""
+
+
+class ProResMoETransformerLayer(ProResLayerMixin, MoETransformerLayer):
+    """Megatron's mixture-of-experts transformer layer with ProRes."""
+
+
+PRORES_LAYERS: dict[type, type] = {
+    TransformerLayer: ProResTransformerLayer,
+    MoETransformerLayer: ProResMoETransformerLayer,
+}
+"""Stock layer class -> its counterpart with ProRes."""

@@ -1,0 +1,1 @@
+"""The schedules: alpha(l, t) by formula, table or function; steps to samples and tokens."""

@@ -1,0 +1,1 @@
+"""Around Megatron's training loop: configuration, data and forward step, signals, the lock."""

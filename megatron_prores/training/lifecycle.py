@@ -1,0 +1,261 @@
+"""From start to end of a run: one writer per ``--save``, saved on a signal, an honest exit code.
+
+Built on Megatron's own mechanism, ``--exit-signal-handler``, which saves after the step during
+which any rank got the signal. Here it is on wherever a run saves, listens to the two signals that
+take a job away, and ends with a code of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+from megatron_prores.errors import EXIT_INTERRUPTED, UserError
+from megatron_prores.files import atomic_write
+from megatron_prores.training.save_lock import SaveLock
+from megatron_prores.upstream import async_writer
+from megatron_prores.upstream.registry import wrap
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems and launchers send before they end a job."""
+
+_REMOTE = "msc://"
+
+
+class ExitSignals(DistributedSignalHandler):
+    """Megatron's handler, for several signals and with one small reduction per step.
+
+    Also used in the processes that load data, where it only keeps them alive: launchers send a
+    signal to all processes of a job, and a step needs its data.
+    """
+
+    def __init__(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        """Take one more signal to listen to, that of ``--exit-signal``."""
+        self.signals = sorted({*SIGNALS, sig})
+        self.agreed = 0
+        """Number of the signal that some rank got, known on all; 0: none."""
+
+    def __enter__(self) -> ExitSignals:
+        """Start to listen."""
+        self._received = 0
+        self.released = False
+        self._before = {each: signal.signal(each, self._note) for each in self.signals}
+        return self
+
+    def _note(self, signum: int, frame: object) -> None:
+        self._received = signum
+
+    def signals_received(self) -> list[bool]:
+        """Return whether any rank got a signal; collective."""
+        number = torch.tensor([self._received], dtype=torch.int32, device="cuda")
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        self.agreed = int(number.item())
+        return [self.agreed > 0]
+
+    def release(self) -> bool:
+        """Stop to listen; False where that has happened."""
+        if self.released:
+            return False
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self.released = True
+        return True
+
+
+class Lifecycle:
+    """What a run holds from its start to its end: its lock on ``--save``, its ear for signals."""
+
+    def __init__(self, args: Any) -> None:
+        """Take Megatron's validated arguments, with ``--save`` given."""
+        self.args = args
+        self.signals = ExitSignals(args.exit_signal)
+        local = not args.save.startswith(_REMOTE)
+        self.lock = SaveLock(args.save) if local and int(os.environ.get("RANK", "0")) == 0 else None
+        self.saved_iteration: int | None = None
+        """The newest checkpoint in ``--save`` that holds exactly what a run at it would save."""
+
+    def install(self) -> None:
+        """Get into Megatron's training program.
+
+        Raises:
+            RuntimeError: The installed Megatron has other signatures than those relied on.
+        """
+        from megatron.training import checkpointing, global_vars, training
+        from megatron.training.datasets import data_samplers
+
+        self.args.exit_signal_handler = True
+        global_vars._GLOBAL_SIGNAL_HANDLER = self.signals.__enter__()
+        data_samplers.DistributedSignalHandler = ExitSignals
+        async_writer.install()
+        if not isinstance(checkpointing.maybe_msc, WholeTracker):
+            checkpointing.maybe_msc = WholeTracker(checkpointing.maybe_msc)
+        wrap(training, "initialize_megatron", (), self._initialize)
+        wrap(training, "load_checkpoint", (), self._load)
+        wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
+
+    def _initialize(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        """Take the lock as soon as the ranks can talk, before a model is built."""
+        result = stock()
+        self._on_first_rank(SaveLock.acquire)
+        return result
+
+    def _on_first_rank(self, action: Callable[[SaveLock], str | None]) -> None:
+        """Do something with the lock; where that fails, all ranks stop. Collective."""
+        refusal = [""]
+        if self.lock is not None:
+            try:
+                if message := action(self.lock):
+                    print(f"> --save {self.args.save}: {message}", flush=True)
+            except UserError as error:
+                refusal[0] = error.message()
+        torch.distributed.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise UserError(refusal[0])
+
+    def _load(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        result = stock()
+        load, save = self.args.load, self.args.save
+        if load is not None and result[0] > 0 and os.path.realpath(load) == os.path.realpath(save):
+            self.saved_iteration = result[0]
+        return result
+
+    def _save(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        """Save, where this run still holds the lock and the checkpoint is not there already.
+
+        A finished run that is started again, and Megatron's check of results, would write the very
+        checkpoint over that the run began from: a kill meanwhile would leave none.
+        """
+        if named.get("non_persistent_ckpt"):
+            return stock()
+        self._on_first_rank(SaveLock.check)
+        if named["iteration"] == self.saved_iteration:
+            if self.lock is not None:
+                print(f"> the checkpoint of iteration {self.saved_iteration} is there: kept")
+            return None
+        result = stock()
+        self.saved_iteration = named["iteration"]
+        return result
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around the training program: its exit code tells a signal, and the lock is given back.
+
+        Raises:
+            SystemExit: With :data:`EXIT_INTERRUPTED`, when a signal ended the run.
+        """
+        try:
+            yield
+        except SystemExit as end:
+            if end.code in (None, 0) and self.signals.agreed:
+                if int(os.environ.get("RANK", "0")) == 0:
+                    name = signal.Signals(self.signals.agreed).name
+                    print(
+                        f"interrupted by {name}: iteration {self.saved_iteration} is saved in "
+                        f"{self.args.save}; started again with --load, the run goes on "
+                        f"(exit code {EXIT_INTERRUPTED})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                sys.exit(EXIT_INTERRUPTED)
+            raise
+        finally:
+            # Python waits for them when it ends, having sent them the SIGTERM that they ignore;
+            # the data loader's own handler would report a worker's end as an error.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for process in multiprocessing.active_children():
+                if process.daemon:
+                    process.kill()
+            if self.lock is not None:
+                self.lock.release()
+
+
+class WholeTracker:
+    """Megatron's file functions, with a tracker file that is the old one or the new, never half.
+
+    Megatron empties the file and then fills it: a run that is killed in between cannot be resumed.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        """Take Megatron's own."""
+        self._stock = stock
+
+    def __getattr__(self, name: str) -> Any:
+        stock = getattr(self._stock, name)
+        return partial(self._open, stock) if name == "open" else stock
+
+    @staticmethod
+    def _open(stock: Callable[..., Any], path: Any, mode: str = "r", **kwargs: Any) -> Any:
+        tracker = Path(str(path)).name == "latest_checkpointed_iteration.txt"
+        if mode == "w" and tracker and not str(path).startswith(_REMOTE):
+            return atomic_write(Path(path))
+        return stock(path, mode, **kwargs)
+
+
+def installed(args: Any) -> contextlib.AbstractContextManager[None]:
+    """Prepare a run, and return what its training program is to run in.
+
+    Args:
+        args: Megatron's validated arguments, before ``pretrain``. Without ``--save`` there is
+            nothing to save or to lock, and signals end the run at once, as ever.
+    """
+    report_bad_numbers()
+    if not args.save or args.skip_train:
+        return contextlib.nullcontext()
+    run = Lifecycle(args)
+    run.install()
+    return run.guard()
+
+
+def report_bad_numbers() -> None:
+    """Say in one line where a loss or a gradient was NaN or infinite, and let none pass.
+
+    Megatron's check tells it among many lines, and not at all in the first iteration of a run,
+    whose update would ruin the weights that are saved next.
+
+    Raises:
+        RuntimeError: The installed Megatron has other signatures than those relied on.
+    """
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    def validate_result(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        machine, fatal = named["self"], named.get("fatal", True)
+        known = machine.rerun_requested
+        unchecked = machine.mode == RerunMode.DISABLED or not machine.first_iteration_complete
+        if fatal and unchecked and machine.mode != RerunMode.REPORT_DETERMINISM_STATS:
+            if bool(named["rejection_func"](named["result"])):
+                _tell(machine.current_iteration, named, "the run stops")
+                # The other ranks wait for this one, and are ended with it.
+                sys.exit(1)
+            return None
+        result = stock()
+        if fatal and machine.rerun_requested and not known:
+            _tell(
+                machine.current_iteration,
+                named,
+                "Megatron repeats the step to tell bad numbers from bad hardware, then stops",
+            )
+        return result
+
+    needs = ("self", "result", "rejection_func", "message", "fatal")
+    wrap(RerunStateMachine, "validate_result", needs, validate_result)
+
+
+def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
+    # The iteration as the log counts it; Megatron's own lines about it say one more.
+    rank = torch.distributed.get_rank()
+    print(
+        f"error: iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
+        f"(value {float(named['result'])}); {consequence}",
+        file=sys.stderr,
+        flush=True,
+    )

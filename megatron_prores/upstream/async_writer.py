@@ -1,0 +1,70 @@
+"""The process that writes checkpoints in the background (``--async-save``), made safe.
+
+Megatron's own outlives a killed training process for ever, waiting on its queue, or writes on into
+a checkpoint that the resumed run writes as well. And it dies of the SIGTERM that a launcher sends
+to the whole process group, so that the training process waits for it until it is killed itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+_stock_loop = PersistentAsyncCaller.async_loop
+
+
+def _die_with_training_process() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writer_loop(*args: Any, **kwargs: Any) -> None:
+    """Megatron's loop of the writer, that ends with the training process and with nothing else."""
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    threading.Thread(target=_die_with_training_process, daemon=True).start()
+    _stock_loop(*args, **kwargs)
+
+
+def install() -> None:
+    """Make the processes that Megatron starts for saving end with the one that trains.
+
+    Those are its writer, which gets our loop, and the server of the queue for written files, which
+    is forked here: Megatron would start a new Python for it during the first save of a run, and
+    leave that behind when the run is killed.
+    """
+    PersistentAsyncCaller.async_loop = staticmethod(writer_loop)
+    end_children_with_parent()
+    filesystem_async.get_write_results_queue("fork")
+
+
+def end_children_with_parent() -> None:
+    """Let every process that is forked from now on end when the one that forked it is killed.
+
+    Linux only; elsewhere it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def in_child() -> None:
+        nonlocal parent
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # killed before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+        parent = os.getpid()
+
+    os.register_at_fork(after_in_child=in_child)

@@ -1,0 +1,1 @@
+"""What was measured once and can be measured again, outside of the package."""
