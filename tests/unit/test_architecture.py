@@ -12,9 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_prores"
 PROGRAMS = ("pretrain_gpt_prores", "tools", "studies")
 
-FLOORS = re.search(
-    r"```text\n(.*?)```", (REPOSITORY / "docs/architecture.md").read_text(), re.DOTALL
-)
+PAGE = (REPOSITORY / "docs/architecture.md").read_text()
+FLOORS = re.search(r"```text\n(.*?)```", PAGE, re.DOTALL)
 
 
 def floors() -> dict[str, int]:
@@ -98,3 +97,9 @@ def test_there_is_no_circle() -> None:
 
     for name in ARROWS:
         visit(name)
+
+
+def test_every_file_that_the_page_names_is_there() -> None:
+    named = re.findall(r"`(megatron_prores/[\w/.]+)`", PAGE)
+    assert named
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
