@@ -30,6 +30,12 @@ SAMPLE_TEXT = (
 """What a converted tokenizer is compared on: other scripts, white space, emoji, broken bytes."""
 
 
+_FOUND_IN_TEXT = (1, 4)
+"""Types of SentencePiece's pieces that stand for text: normal and user-defined."""
+_NEVER = -1e6
+"""A log-probability."""
+
+
 @dataclass(frozen=True)
 class Words:
     """A tokenizer to export."""
@@ -131,14 +137,22 @@ def fast_sentencepiece(path: str) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(Path(path).read_bytes())
     unigram = proto.trainer_spec.model_type == 1
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    # A unigram model would find the name of a control or byte piece in a text that has it.
+    pieces = [
+        (piece.piece, piece.score if piece.type in _FOUND_IN_TEXT else _NEVER)
+        for piece in proto.pieces
+    ]
     vocab = pieces if unigram else {piece: number for number, (piece, _) in enumerate(pieces)}
-    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab, legacy=False)
+    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab, legacy=True)
     names = {"unk_token": proto.trainer_spec.unk_id, "bos_token": proto.trainer_spec.bos_id}
     names |= {"eos_token": proto.trainer_spec.eos_id, "pad_token": proto.trainer_spec.pad_id}
     special = {name: pieces[at][0] for name, at in names.items() if at >= 0}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        # "<s>" in a text is text, as it is for Megatron.
+        split_special_tokens=True,
+        **special,
     )
 
 

@@ -1,0 +1,346 @@
+"""Score checkpoints with lm-evaluation-harness: ``tools/evaluate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prores.checkpoint.reader import iterations
+from megatron_prores.convert.export import DTYPES, Source, add_source_arguments, open_checkpoint
+from megatron_prores.errors import Parser, UserError
+from megatron_prores.evaluation.exported import default_device, exported, load_model
+from megatron_prores.files import atomic_write
+
+TASKS = Path(__file__).with_name("tasks")
+"""Task files of this project."""
+
+PAPER_AVERAGE = {
+    "pre": (43.42, 45.00),
+    "sandwich": (44.00, 44.49),
+    "lns": (44.42, 44.64),
+    "post": (40.63, 43.28),
+    "deepnorm": (43.55, 44.24),
+}
+"""Norm placement -> the paper's zero-shot average of its 1.3B model over the ten tasks, in percent,
+without and with ProRes (Table 3)."""
+
+PAPER_PERPLEXITY = {
+    "pre": {"wikitext": (25.61, 23.67), "lambada_openai": (20.46, 15.05)},
+    "post": {"wikitext": (30.37, 26.74), "lambada_openai": (33.53, 22.91)},
+}
+"""Norm placement -> task -> the paper's perplexity, without and with ProRes (Table 4)."""
+
+_ACCURACY = ("acc_norm,none", "acc,none")
+_PERPLEXITY = ("word_perplexity,none", "perplexity,none")
+_POLL_SECONDS = 10.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Score checkpoints with lm-evaluation-harness, zero-shot by default. They are "
+        "exported to Hugging Face's format first, into a cache beside them."
+    )
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        help="comma-separated names of the harness's tasks; prores_paper: the paper's",
+    )
+    parser.add_argument("--include-path", type=Path, help="directory of task files of your own")
+    parser.add_argument("--num-fewshot", type=int, default=0, help="default: 0")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N of each task")
+    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU, or else the CPU")
+    parser.add_argument("--cache", type=Path, help="of exports; default: beside the checkpoint")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="of the results; default: evaluation beside the checkpoint",
+    )
+    parser.add_argument("--wandb-project", help="also send the results to Weights & Biases")
+    parser.add_argument("--wandb-exp-name", help="name of the W&B run")
+    parser.add_argument(
+        "--every",
+        type=int,
+        metavar="N",
+        help="follow a run: score each checkpoint whose iteration N divides, as they come, until "
+        "the last iteration of the run, and draw the scores",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command ``tools/evaluate.py``.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Raises:
+        UserError: An argument, a task or the checkpoint is not usable.
+    """
+    args = _parser().parse_args(argv)
+    for flag, value in (("--every", args.every), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if args.every is not None and args.ckpt_step is not None:
+        raise UserError("--every and --ckpt-step: give one of them")
+    if args.wandb_project and not args.wandb_exp_name:
+        raise UserError("--wandb-project needs --wandb-exp-name: a name for this run")
+    device = default_device(args.device)
+    tasks = Tasks(args.tasks, args.include_path)
+    output = args.output or args.load / "evaluation"
+    results = Results(output / "results.json")
+    for source in _sources(args):
+        scores = results.of(source.iteration)
+        left = [name for name in tasks.names if name not in scores]
+        if left:
+            directory = exported(source, args.dtype, args.tokenizer, args.cache)
+            found = evaluate(directory, tasks, left, args, device)
+            results.add(source.iteration, found)
+            _log_to_wandb(args, source.iteration, found)
+        print(table(results.of(source.iteration), source), flush=True)
+        if args.every is not None:
+            draw(results, tasks.names, output / "scores.png")
+
+
+def _sources(args: argparse.Namespace) -> Iterator[Source]:
+    """Yield the checkpoints to score, waiting for those that a run has yet to save."""
+    if args.every is None:
+        yield open_checkpoint(args.load, args.ckpt_step, args.prores_schedule)
+        return
+    done: set[int] = set()
+    while True:
+        there = iterations(args.load) if args.load.is_dir() else {}
+        for iteration, directory in there.items():
+            # The manifest is the last of a checkpoint that is written.
+            ready = (directory / "integrity.json").is_file()
+            if iteration in done or not ready:
+                continue
+            done.add(iteration)
+            source = open_checkpoint(args.load, iteration, args.prores_schedule)
+            if iteration % args.every == 0:
+                yield source
+            if iteration >= int(getattr(source.args, "train_iters", 0) or 0):
+                return
+        time.sleep(_POLL_SECONDS)
+
+
+class Tasks:
+    """The tasks that were asked for, each loaded on its own."""
+
+    def __init__(self, names: str, include_path: Path | None) -> None:
+        """Find them and their data.
+
+        Raises:
+            UserError: There is no such task, or its data is not on this machine.
+        """
+        if include_path is not None and not include_path.is_dir():
+            raise UserError(f"--include-path {include_path}: no such directory")
+        from lm_eval.tasks import TaskManager
+
+        paths = [str(path) for path in (TASKS, include_path) if path is not None]
+        self.manager = TaskManager(include_path=paths)
+        asked = [name.strip() for name in names.split(",") if name.strip()]
+        known = set(self.manager.all_tasks)
+        for name in asked:
+            if name not in known:
+                raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task")
+        self.names = [part for name in asked for part in self._parts(name)]
+        for name in self.names:
+            self._check_data(name)
+
+    def _parts(self, name: str) -> list[str]:
+        """Return the tasks of our own group, which are scored and reported one by one."""
+        if name != "prores_paper":
+            return [name]
+        import yaml
+
+        group = yaml.safe_load((TASKS / "prores_paper.yaml").read_text())
+        return list(group["task"])
+
+    def _check_data(self, name: str) -> None:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.manager.load([name])
+        except Exception as error:  # of datasets, of its download, of the task's own code
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--tasks {name}: its data cannot be loaded here ({reason}): where there is a "
+                f"network, run the same command once, then copy the directory that HF_HOME names "
+                "(~/.cache/huggingface) to this machine; or give task files over local data with "
+                "--include-path"
+            ) from error
+
+
+def evaluate(
+    directory: Path, tasks: Tasks, names: Sequence[str], args: argparse.Namespace, device: str
+) -> dict[str, dict[str, float]]:
+    """Score an exported model.
+
+    Args:
+        directory: Of the export.
+        tasks: As they were found.
+        names: Which of them.
+        args: The flags.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Task -> metric -> value, as lm-evaluation-harness names them.
+    """
+    from lm_eval import simple_evaluate
+
+    results = simple_evaluate(
+        model=harness_model(directory, device, args.batch_size),
+        tasks=list(names),
+        task_manager=tasks.manager,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    assert results is not None, "this process is rank 0"
+    return {
+        name: {
+            metric: float(value)
+            for metric, value in figures.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for name, figures in results["results"].items()
+        if name in names
+    }
+
+
+def harness_model(directory: Path, device: str, batch_size: int) -> Any:
+    """Build lm-evaluation-harness's model of an export.
+
+    A text is seen as Megatron saw it in training: no token is added, and a document begins behind
+    the token that ends one.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(directory, device)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        add_bos_token=False,
+        prefix_token_id=tokenizer.eos_token_id,
+        device=device,
+    )
+
+
+class Results:
+    """A file of scores: iteration -> task -> metric -> value."""
+
+    def __init__(self, path: Path) -> None:
+        """Take up what is there.
+
+        Raises:
+            UserError: The file is none of ours.
+        """
+        self.path = path
+        self.scores: dict[str, dict[str, dict[str, float]]] = {}
+        if path.exists():
+            try:
+                self.scores = json.loads(path.read_text())["scores"]
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"--output: {path} cannot be read as results: {error}") from error
+
+    def of(self, iteration: int) -> dict[str, dict[str, float]]:
+        """Return the scores of one checkpoint: task -> metric -> value."""
+        return self.scores.get(str(iteration), {})
+
+    def add(self, iteration: int, found: dict[str, dict[str, float]]) -> None:
+        """Add scores, and write the file."""
+        self.scores.setdefault(str(iteration), {}).update(found)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path) as file:
+            file.write(json.dumps({"scores": self.scores}, indent=1) + "\n")
+
+
+def score_of(figures: dict[str, float]) -> tuple[str, float] | None:
+    """Choose the metric that a task is shown by: accuracy, normalized by length where there is one.
+
+    Returns:
+        The metric and its value, accuracies in percent; None where there is none.
+    """
+    for metric in (*_ACCURACY, *_PERPLEXITY):
+        if metric in figures:
+            factor = 100.0 if metric in _ACCURACY else 1.0
+            return metric.split(",")[0], factor * figures[metric]
+    return None
+
+
+def table(scores: dict[str, dict[str, float]], source: Source) -> str:
+    """Write the scores of one checkpoint, with the paper's figures beside those that it has."""
+    placement = str(getattr(source.args, "norm_placement", "pre"))
+    lines = [f"iteration {source.iteration}, {source.tokens} tokens"]
+    accuracies = []
+    for name, figures in scores.items():
+        if (score := score_of(figures)) is None:
+            continue
+        metric, value = score
+        lines.append(f"  {name:<20} {metric:<16} {value:8.2f}")
+        if metric.startswith("acc"):
+            accuracies.append(value)
+        paper = PAPER_PERPLEXITY.get(placement, {}).get(name)
+        perplexity = next((figures[m] for m in _PERPLEXITY if m in figures), None)
+        if paper and perplexity is not None:
+            lines.append(
+                f"  {'':<20} {'perplexity':<16} {perplexity:8.2f}   the paper's 1.3B: "
+                f"{paper[0]:.2f} without, {paper[1]:.2f} with ProRes"
+            )
+    if len(accuracies) > 1:
+        lines.append(f"  {'average':<20} {'accuracy':<16} {sum(accuracies) / len(accuracies):8.2f}")
+        if len(accuracies) == 10 and placement in PAPER_AVERAGE:
+            without, with_prores = PAPER_AVERAGE[placement]
+            lines[-1] += (
+                f"   the paper's 1.3B: {without:.2f} without, {with_prores:.2f} with ProRes"
+            )
+    return "\n".join(lines)
+
+
+def draw(results: Results, names: Sequence[str], path: Path) -> None:
+    """Draw the score of each task over the iterations of the run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps = sorted(map(int, results.scores))
+    for name in names:
+        points = [(step, score_of(results.of(step).get(name, {}))) for step in steps]
+        drawn = [(step, score[1]) for step, score in points if score is not None]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), marker="o", markersize=4, label=name)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("accuracy (%), or perplexity")
+    axes.legend(frameon=False)
+    beside = path.with_name(f".{path.name}.new")
+    figure.savefig(beside, format="png", dpi=160)
+    os.replace(beside, path)
+
+
+def _log_to_wandb(
+    args: argparse.Namespace, iteration: int, found: dict[str, dict[str, float]]
+) -> None:
+    if not args.wandb_project:
+        return
+    import wandb
+
+    run = wandb.init(project=args.wandb_project, name=args.wandb_exp_name, dir=str(args.load))
+    scalars = {
+        f"evaluation/{task}/{metric.split(',')[0]}": value
+        for task, figures in found.items()
+        for metric, value in figures.items()
+    }
+    run.log({**scalars, "iteration": iteration})
+    run.finish()
