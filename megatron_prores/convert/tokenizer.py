@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,6 @@ SAMPLE_TEXT = (
     " ",
 )
 """What a converted tokenizer is compared on: other scripts, white space, emoji, broken bytes."""
-
-
-_FOUND_IN_TEXT = (1, 4)
-"""Types of SentencePiece's pieces that stand for text: normal and user-defined."""
-_NEVER = -1e6
-"""A log-probability."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +132,11 @@ def fast_sentencepiece(path: str) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(Path(path).read_bytes())
     unigram = proto.trainer_spec.model_type == 1
-    # A unigram model would find the name of a control or byte piece in a text that has it.
-    pieces = [
-        (piece.piece, piece.score if piece.type in _FOUND_IN_TEXT else _NEVER)
-        for piece in proto.pieces
-    ]
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     vocab = pieces if unigram else {piece: number for number, (piece, _) in enumerate(pieces)}
     tokenizer = SpmConverter.build_tokenizer_from_spm_proto(proto, vocab, legacy=True)
+    if unigram:
+        _hide_control_pieces(tokenizer, proto)
     names = {"unk_token": proto.trainer_spec.unk_id, "bos_token": proto.trainer_spec.bos_id}
     names |= {"eos_token": proto.trainer_spec.eos_id, "pad_token": proto.trainer_spec.pad_id}
     special = {name: pieces[at][0] for name, at in names.items() if at >= 0}
@@ -154,6 +147,17 @@ def fast_sentencepiece(path: str) -> Any:
         split_special_tokens=True,
         **special,
     )
+
+
+def _hide_control_pieces(tokenizer: Any, proto: Any) -> None:
+    """Keep a unigram model from finding "<s>" and the like in a text that has these letters."""
+    from tokenizers import Regex, pre_tokenizers
+
+    in_text = (1, 4)  # SentencePiece's types of normal and user-defined pieces
+    rest = "|".join(re.escape(p.piece[1:]) for p in proto.pieces if p.type not in in_text)
+    apart = pre_tokenizers.Split(Regex(f"▁?<(?={rest})"), behavior="isolated")
+    before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, apart])
 
 
 def _hugging_face(path: str | None) -> Words:

@@ -1,0 +1,340 @@
+"""Exports are the models that Megatron saved: the same logits, in the real classes of transformers.
+
+One launch of ranks per layout saves all models, and computes their logits as it goes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from megatron_prores.convert import export as exporting
+from megatron_prores.convert import stored_weights
+from megatron_prores.convert.export import export, open_checkpoint
+from megatron_prores.placement import PLACEMENTS
+from tests.distributed.conftest import MODEL, Text
+from tests.distributed.export_ranks import Model, save_models
+from tests.distributed.launch import run_ranks
+
+VOCABULARY = 250  # Megatron pads it to 256
+
+TOKENS = torch.randint(0, VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1)).tolist()
+
+# Weights large enough for every branch to matter, so that a fault in one shows.
+BASE = (
+    *MODEL,
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCABULARY)),
+    *("--train-iters", "12", "--save-interval", "4", "--no-save-optim", "--no-save-rng"),
+    *("--no-load-optim", "--init-method-std", "0.15"),
+)
+LINEAR = ("--prores-schedule", "linear", "--prores-warmup-iters", "8")
+TP2_PP2 = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+
+STEPS = {"linear": (0, 4, 8), "none": (8,)}
+"""Of a warmup of 8 iterations: its start, its middle, its end."""
+
+
+def without(*flags: str) -> tuple[str, ...]:
+    return tuple(word for word in BASE if word not in flags)
+
+
+def placements(layout: tuple[str, ...]) -> list[Model]:
+    return [
+        Model(
+            f"{placement}-{schedule}",
+            (*BASE, "--norm-placement", placement, *layout, *flags),
+            STEPS[schedule],
+        )
+        for placement in PLACEMENTS
+        for schedule, flags in (("linear", LINEAR), ("none", ("--prores-schedule", "none")))
+    ]
+
+
+VARIANTS = [
+    Model("grouped", (*BASE, *LINEAR, "--group-query-attention", "--num-query-groups", "2"), (4,)),
+    Model("tied", (*without("--untie-embeddings-and-output-weights"), *LINEAR), (4,)),
+    Model("rope", (*BASE, *LINEAR, "--rotary-base", "500000", "--use-rope-scaling"), (4,)),
+    Model("long", (*BASE, *LINEAR, "--rotary-seq-len-interpolation-factor", "2"), (4,)),
+    Model("layernorm", (*without("--normalization", "RMSNorm"), *LINEAR), (4,)),
+    Model(
+        "layernorm-sandwich",
+        (*without("--normalization", "RMSNorm"), *LINEAR, "--norm-placement", "sandwich"),
+        (4,),
+    ),
+    Model("biases", (*without("--disable-bias-linear"), *LINEAR), (4,)),
+    Model(
+        "biases-post", (*without("--disable-bias-linear"), *LINEAR, "--norm-placement", "post"), (4,)
+    ),
+    Model("qkv-biases", (*BASE, *LINEAR, "--add-qkv-bias"), (4,)),
+    Model("qk-norms", (*BASE, *LINEAR, "--qk-layernorm"), (4,)),
+    Model("wide-heads", (*BASE, *LINEAR, "--kv-channels", "32"), (4,)),
+    Model(
+        "experts",
+        (*BASE, *LINEAR, "--num-experts", "4", "--moe-ffn-hidden-size", "96")
+        + ("--moe-router-topk", "2", "--moe-token-dispatcher-type", "allgather"),
+        (4,),
+    ),
+]
+CLASSES = {
+    **dict.fromkeys(("pre", "lns", "grouped", "tied", "rope", "long"), "LlamaForCausalLM"),
+    **dict.fromkeys(("biases", "qkv-biases", "wide-heads"), "LlamaForCausalLM"),
+    **dict.fromkeys(("post", "deepnorm", "layernorm", "layernorm-sandwich"), "ProResForCausalLM"),
+    **{"sandwich": "Glm4ForCausalLM", "biases-post": "ProResForCausalLM"},
+    **{"qk-norms": "Qwen3ForCausalLM", "experts": "MixtralForCausalLM"},
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Models that were saved by one launch."""
+
+    directory: Path
+
+    def logits(self, name: str, step: int) -> NDArray[np.float32]:
+        whole: NDArray[np.float32] = np.load(self.directory / name / f"logits{step}.npy")
+        return whole[..., :VOCABULARY]
+
+    def export(self, name: str, step: int, output: Path, **options: Any) -> str:
+        source = open_checkpoint(self.directory / name, step)
+        return export(source, output, options.pop("dtype", "fp32"), **options).name
+
+
+def save(directory: Path, models: list[Model], ranks: int) -> Saved:
+    arguments = (models, str(directory), TOKENS)
+    job = run_ranks(directory / "job", save_models, arguments, ranks, timeout=600.0)
+    assert job.succeeded, job.output[-3000:]
+    return Saved(directory)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save(tmp_path_factory.mktemp("one"), [*placements(()), *VARIANTS], 1)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save(tmp_path_factory.mktemp("four"), placements(TP2_PP2), 4)
+
+
+def logits_of(directory: Path, tokens: list[list[int]] = TOKENS) -> NDArray[np.float32]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto")
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model.eval()(torch.tensor(tokens)).logits.float().numpy()
+    return logits
+
+
+def difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+# A sum in another order is the whole difference between the two programs.
+TOLERANCE = 1e-5
+
+CASES = [
+    (f"{placement}-{schedule}", step)
+    for placement in PLACEMENTS
+    for schedule, steps in STEPS.items()
+    for step in steps
+]
+
+
+@pytest.mark.parametrize(("name", "step"), CASES, ids=[f"{name} at {step}" for name, step in CASES])
+@pytest.mark.parametrize("layout", ["one_rank", "four_ranks"])
+def test_the_export_has_megatrons_logits(
+    layout: str, name: str, step: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    saved: Saved = request.getfixturevalue(layout)
+    kind = saved.export(name, step, tmp_path / "hf")
+    assert kind == CLASSES[name.split("-")[0]]
+    assert difference(logits_of(tmp_path / "hf"), saved.logits(name, step)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model", VARIANTS, ids=lambda model: model.name)
+def test_variants_of_the_model_have_megatrons_logits(
+    model: Model, one_rank: Saved, tmp_path: Path
+) -> None:
+    assert one_rank.export(model.name, 4, tmp_path / "hf") == CLASSES[model.name]
+    assert difference(logits_of(tmp_path / "hf"), one_rank.logits(model.name, 4)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_our_own_class_serves_every_placement(
+    placement: str, one_rank: Saved, tmp_path: Path
+) -> None:
+    name = f"{placement}-linear"
+    assert one_rank.export(name, 4, tmp_path / "hf", own_class=True) == "ProResForCausalLM"
+    assert (tmp_path / "hf" / "modeling_prores.py").is_file()
+    assert difference(logits_of(tmp_path / "hf"), one_rank.logits(name, 4)) <= TOLERANCE
+
+
+def test_the_layout_leaves_no_trace_in_an_export(
+    one_rank: Saved, four_ranks: Saved, tmp_path: Path
+) -> None:
+    """The two launches draw other weights; the files have the same names, shapes and dtypes."""
+    from safetensors import safe_open
+
+    shapes = []
+    for number, saved in enumerate((one_rank, four_ranks)):
+        saved.export("pre-linear", 8, tmp_path / str(number), dtype="bf16")
+        with safe_open(tmp_path / str(number) / "model.safetensors", "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes.append({k: (s.get_shape(), s.get_dtype()) for k, s in slices.items()})
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["model.embed_tokens.weight"] == ([VOCABULARY, 64], "BF16")
+
+
+def _rope_as_it_is(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    return weight.clone()
+
+
+def _halves_exchanged(self: Any, name: str, leading: tuple[int, ...], half: int) -> torch.Tensor:
+    whole: torch.Tensor = self._read(name, leading)
+    return whole.chunk(2)[1 - half].clone()
+
+
+def _one_layer_forgotten(*args: Any, **kwargs: Any) -> tuple[float, ...]:
+    alphas = list(_stock_alphas(*args, **kwargs))
+    alphas[2] = 1.0
+    return tuple(alphas)
+
+
+_stock_alphas = exporting._alphas
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "fault"),
+    [
+        ("sandwich-linear", stored_weights, "interleave_rope", _rope_as_it_is),
+        ("pre-linear", stored_weights._Stored, "_half", _halves_exchanged),
+        ("pre-linear", exporting, "_alphas", _one_layer_forgotten),
+        ("sandwich-linear", exporting, "_alphas", _one_layer_forgotten),
+        ("deepnorm-linear", exporting, "_alphas", _one_layer_forgotten),
+    ],
+    ids=["rope", "gate and up", "alpha, pre", "alpha, sandwich", "alpha, deepnorm"],
+)
+def test_a_planted_fault_is_seen(
+    name: str,
+    owner: Any,
+    attribute: str,
+    fault: Any,
+    one_rank: Saved,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner, attribute, fault)
+    one_rank.export(name, 4, tmp_path / "hf")
+    assert difference(logits_of(tmp_path / "hf"), one_rank.logits(name, 4)) > 1e-3
+
+
+def import_back(model: str, save: str) -> None:
+    """Runs in a rank of its own: importing prepares the CPU device for the life of a process."""
+    from megatron_prores.convert.from_hugging_face import main
+
+    main(["--model", model, "--save", save, "--dtype", "fp32"])
+
+
+IMPORTED = [f"{placement}-linear" for placement in PLACEMENTS]
+
+
+def import_all(directory: str) -> None:
+    """Imports every export below a directory, one process each: Megatron's state is global."""
+    import os
+
+    for name in IMPORTED:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                import_back(f"{directory}/{name}", f"{directory}/{name}-back")
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, name
+
+
+@pytest.fixture(scope="module")
+def imported(one_rank: Saved, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every placement after its warmup, exported and imported back."""
+    root = tmp_path_factory.mktemp("imported")
+    for name in IMPORTED:
+        one_rank.export(name, 8, root / name)
+    job = run_ranks(root / "job", import_all, (str(root),), timeout=600.0)
+    assert job.succeeded, job.output[-3000:]
+    yield root
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_export_and_import_back_are_equal_bit_for_bit(
+    name: str, imported: Path, one_rank: Saved
+) -> None:
+    before = open_checkpoint(one_rank.directory / name, 8).stored
+    after = open_checkpoint(imported / f"{name}-back").stored
+    for key in after.tensors:
+        there, here = before.tensor(key), after.tensor(key)
+        rows = VOCABULARY if key.startswith(("embedding", "output_layer")) else None
+        assert torch.equal(there[:rows], here[:rows]), key
+    assert set(after.tensors) == {k for k in before.tensors if not k.startswith("optimizer")}
+
+
+def test_an_import_is_loaded_at_any_layout(imported: Path, four_ranks: Saved) -> None:
+    """The logits after loading the imported model on TP2 x PP2 are those of its export."""
+    directory = imported / "loaded"
+    model = Model(
+        "again",
+        (*BASE, *TP2_PP2, "--norm-placement", "sandwich", "--prores-schedule", "none"),
+        (0,),
+        load=str(imported / "sandwich-linear-back"),
+    )
+    again = save(directory, [model], 4)
+    expected = logits_of(imported / "sandwich-linear")
+    assert difference(again.logits("again", 0), expected) <= TOLERANCE
+
+
+def test_bf16_exports_are_as_close_as_bf16_lets_them(one_rank: Saved, tmp_path: Path) -> None:
+    """The KL divergence from Megatron's own distribution, in nats per token, is reported."""
+    for placement in PLACEMENTS:
+        name = f"{placement}-linear"
+        one_rank.export(name, 8, tmp_path / placement, dtype="bf16")
+        ours = torch.tensor(logits_of(tmp_path / placement)).log_softmax(-1)
+        theirs = torch.tensor(one_rank.logits(name, 8)).log_softmax(-1)
+        divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+        print(f"KL(Megatron fp32 || export bf16) {placement}: {divergence:.2e} nats per token")
+        assert divergence < 1e-3
+
+
+def test_the_model_card_says_where_alpha_stood(one_rank: Saved, tmp_path: Path) -> None:
+    one_rank.export("post-linear", 4, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| `--prores-schedule` | linear |" in card
+    assert "| iteration | 4 |" in card
+    assert f"| tokens seen | {4 * 8 * 64} |" in card
+    # alpha of layer l of 4 after 4 of 8 iterations is min(4 / (2 l), 1).
+    assert "2 of 4 layers had an alpha below 1 (the smallest 0.5)" in card
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["prores"]["alphas"] == [1.0, 1.0, 4 / 6, 0.5]
+
+
+def test_the_checkpoint_of_real_text_writes_text(text: Text, tmp_path: Path) -> None:
+    """A run's own tokenizer, exported, reads and writes as the run's does."""
+    from transformers import AutoTokenizer
+
+    flags = [word for word in BASE if word not in ("--mock-data", "NullTokenizer")]
+    at = flags.index("--tokenizer-type")
+    del flags[at : at + 3]
+    saved = save(tmp_path / "saved", [Model("text", (*flags, *text.flags, *LINEAR), (4,))], 1)
+    saved.export("text", 4, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer("def main():\n    pass")["input_ids"]
+    assert tokenizer.decode(ids) == "def main():\n    pass"
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["vocab_size"] == len(tokenizer) == 512
