@@ -191,7 +191,7 @@ def import_model(model: Path, save: Path, tokenizer: list[str], dtype: str) -> N
     sys.argv = [
         "import_hf.py",
         *("--device", "cpu", *flags, *tokenizer, "--mock-data"),
-        *("--prores-schedule", "none", "--branch-init", "scaled"),
+        *("--prores-schedule", "none"),
         *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"),
         *("--eval-interval", "1", "--eval-iters", "0"),
         *("--save", str(save), "--save-interval", "1", "--no-save-optim", "--no-save-rng"),
