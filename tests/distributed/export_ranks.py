@@ -74,11 +74,12 @@ def save_models(models: Sequence[Model], directory: str, tokens: list[list[int]]
     from megatron_prores.checkpoint import guard
     from megatron_prores.command_line.arguments import parse_args, read_prores_flags
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import seams
+    from megatron_prores.upstream import async_writer, seams
     from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
     seams.use_prebuilt_dataset_helpers()
     guard.install()
+    async_writer.install()
     for number, model in enumerate(models):
         root = Path(directory, model.name)
         global_vars.unset_global_variables()
