@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     tool("build_corpus.py", "--output-dir", root, "--min-megabytes", 0.5, "--max-megabytes", 1)
     tool(
         *("train_tokenizer.py", "--input", root / "train.jsonl", "--vocab-size", 512),
-        *("--output-prefix", root / "tokenizer"),
+        *("--output", root / "tokenizer.model"),
     )
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer"]
     tokenizer += ["--tokenizer-model", str(root / "tokenizer.model")]
