@@ -132,7 +132,7 @@ def megatron_flags(case: Case, device: str) -> list[str]:
         --attention-dropout 0 --hidden-dropout 0 --micro-batch-size {micro_batch}
         --global-batch-size {sequences} --lr 1e-4 --lr-decay-style constant --train-iters 1000000
         --eval-iters 0 --eval-interval 1000000 --mock-data --tokenizer-type NullTokenizer
-        --vocab-size {vocabulary - 1}""".split()  # the tokenizer adds one id
+        --vocab-size {vocabulary}""".split()
     if case.precision != FP32:
         flags.append("--bf16")
     if case.precision == FP8:

@@ -104,8 +104,8 @@ def as_text(rows: Mapping[str, Row], planned: Sequence[str], settings: Mapping[s
             "",
             f"Not measured yet: {', '.join(missing)}. The same command goes on with them.",
         ]
-    lines += ["", "## Targets", ""]
-    lines += [f"- {verdict}" for row in done for verdict in verdicts(row)]
+    if targets := [f"- {verdict}" for row in done for verdict in verdicts(row)]:
+        lines += ["", "## Targets", "", *targets]
     return "\n".join(lines) + "\n"
 
 

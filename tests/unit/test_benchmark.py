@@ -32,7 +32,7 @@ from tests.distributed.launch import REPOSITORY
 
 TINY = """
     --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16
-    --micro-batch-size 2 --global-batch-size 4 --vocab-size 127
+    --micro-batch-size 2 --global-batch-size 4 --vocab-size 128
 """.split()
 WEIGHTS = 2 * (4 * 32**2 + 3 * 32 * 64 + 2 * 32) + 2 * 128 * 32 + 32
 FLOPS_PER_TOKEN = 6 * (2 * (4 * 32**2 + 3 * 32 * 64) + 32 * 128) + 6 * 2 * 32 * 16
