@@ -18,6 +18,7 @@ PREPROCESS = "tools/preprocess_data.py"
 CHECKPOINT = "tools/checkpoint.py"
 DOCTOR = "-m megatron_prores.doctor"
 FP8_STUDY = "tools/fp8_study.py"
+BENCHMARK = "-m studies.benchmark"
 
 # "{w}" is the directory with the prepared files.
 _SIZE = """
@@ -640,44 +641,13 @@ _OTHER_TOOLS = (
     Row("doctor: unknown flag", "--fix", ("--fix",), DOCTOR),
     Row("doctor: checkpoints into a file", "--save {w}/text.jsonl", ("--save", "text.jsonl"),
         DOCTOR),
-    Row("benchmark: unknown size", "--device cpu --size huge", ("--size huge", "laptop"),
-        "tools/benchmark.py"),
-    Row("benchmark: no repetitions", "--device cpu --repetitions 0", ("--repetitions 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: unknown placement", "--device cpu --placements pre,peri",
-        ("--placements peri", "sandwich"), "tools/benchmark.py"),
-    Row("benchmark: output nowhere", "--device cpu --output /nowhere/figures.json",
-        ("--output /nowhere/figures.json",), "tools/benchmark.py"),
-    Row("benchmark: unknown suite", "--suite speed", ("--suite speed", "placements"),
-        "tools/benchmark.py"),
-    Row("benchmark: no GPU", "--device cuda --quick", ("no CUDA GPU", "--device cpu"),
-        "tools/benchmark.py", environment={"CUDA_VISIBLE_DEVICES": ""}),
-    Row("benchmark: size that was not published", "--sizes 130M,13B", ("--sizes 13B", "1.3B"),
-        "tools/benchmark.py"),
-    Row("benchmark: no sizes", "--sizes=", ("--sizes", "1.3B"), "tools/benchmark.py"),
-    Row("benchmark: unknown precision", "--precisions bf16,fp4", ("--precisions fp4", "fp8"),
-        "tools/benchmark.py"),
-    Row("benchmark: FP8 on the CPU", "--suite sizes --device cpu --precisions fp8",
-        ("--precisions fp8", "--device cpu"), "tools/benchmark.py"),
-    Row("benchmark: unknown recipe", "--fp8-recipe nvfp4", ("--fp8-recipe nvfp4", "tensorwise"),
-        "tools/benchmark.py"),
-    Row("benchmark: no time", "--time-budget-minutes 0", ("--time-budget-minutes 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: peak that is none", "--peak-tflops nan", ("--peak-tflops nan",),
-        "tools/benchmark.py"),
-    Row("benchmark: memory of nothing", "--memory-gib=-1", ("--memory-gib -1",),
-        "tools/benchmark.py"),
-    Row("benchmark: less memory than a layer",
-        "--suite sizes --device cpu --sizes 7B --memory-gib 1",
-        ("--sizes 7B", "not even one layer", "1.0 GiB"), "tools/benchmark.py"),
-    Row("benchmark: blocks of no time", "--block-seconds 0", ("--block-seconds 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: no rounds", "--rounds 0", ("--rounds 0",), "tools/benchmark.py"),
-    Row("benchmark: sequences that are no micro-batches", "--sizes 130M --sequences 48",
-        ("--sequences 48", "32"), "tools/benchmark.py"),
+    # The others are in tests/unit/test_benchmark.py.
+    Row("benchmark: no GPU", "--device cuda", ("no CUDA GPU", "--device cpu"), BENCHMARK,
+        environment={"CUDA_VISIBLE_DEVICES": ""}),
+    Row("benchmark: unknown case", "--cases 130M-bf16,13B-bf16",
+        ("--cases 13B-bf16", "1.3B-bf16"), BENCHMARK),
     Row("benchmark: output that is a file", "--output {w}/text.jsonl", ("--output", "text.jsonl"),
-        "tools/benchmark.py"),
-    Row("benchmark: fresh with a value", "--fresh yes", ("yes",), "tools/benchmark.py"),
+        BENCHMARK),
 )  # fmt: skip
 
 _PLAN = tuple(

@@ -19,7 +19,7 @@ from tests.refusals import (
     run_alone,
     shown_difference,
 )
-from tests.wrong_invocations import DOCTOR, MAIN, ROWS, Row
+from tests.wrong_invocations import BENCHMARK, DOCTOR, MAIN, ROWS, Row
 
 ALONE = [row for row in ROWS if row.starts_alone]
 
@@ -46,6 +46,7 @@ def test_the_table_has_every_program_and_no_row_twice() -> None:
     assert len(ROWS) >= 60
     assert set(programs) == {
         MAIN,
+        BENCHMARK,
         DOCTOR,
         *(f"tools/{path.name}" for path in REPOSITORY.glob("tools/*.py")),
     }
