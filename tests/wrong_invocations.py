@@ -17,7 +17,6 @@ MAIN = "pretrain_gpt_prores.py"
 PREPROCESS = "tools/preprocess_data.py"
 CHECKPOINT = "tools/checkpoint.py"
 DOCTOR = "-m megatron_prores.doctor"
-FP8_STUDY = "tools/fp8_study.py"
 BENCHMARK = "-m studies.benchmark"
 
 # "{w}" is the directory with the prepared files.
@@ -599,36 +598,6 @@ _OTHER_TOOLS = (
         ("no TensorBoard event files",), "tools/plot_run.py"),
     Row("plot run: output no picture", "--tensorboard-dir {w} --output run.gif",
         ("--output run.gif", ".png"), "tools/plot_run.py"),
-    Row("fp8 study: no output", "--device cpu", ("--output-dir",), FP8_STUDY),
-    Row("fp8 study: unknown device", "--device tpu --output-dir out", ("--device tpu", "cuda"),
-        FP8_STUDY),
-    Row("fp8 study: unknown recipe", "--device cpu --output-dir out --recipes bf16,fp4",
-        ("--recipes fp4", "tensorwise"), FP8_STUDY),
-    Row("fp8 study: nothing to compare with",
-        "--device cpu --output-dir out --recipes delayed,mxfp8",
-        ("--recipes delayed,mxfp8", "bf16 is missing"), FP8_STUDY),
-    Row("fp8 study: unknown placement", "--device cpu --output-dir out --placements peri",
-        ("--placements peri", "sandwich"), FP8_STUDY),
-    Row("fp8 study: unknown schedule", "--device cpu --output-dir out --schedules cosine",
-        ("--schedules cosine", "linear"), FP8_STUDY),
-    Row("fp8 study: schedule file that is not there",
-        "--device cpu --output-dir out --schedules file:/nowhere/alpha.csv",
-        ("file:/nowhere/alpha.csv", "No such file"), FP8_STUDY),
-    Row("fp8 study: no steps", "--device cpu --output-dir out --steps 0", ("--steps 0",),
-        FP8_STUDY),
-    Row("fp8 study: odd width", "--device cpu --output-dir out --hidden-size 100",
-        ("--hidden-size 100", "multiple of 64"), FP8_STUDY),
-    Row("fp8 study: seed in words", "--device cpu --output-dir out --seeds one", ("--seeds one",),
-        FP8_STUDY),
-    Row("fp8 study: step in words", "--device cpu --output-dir out --recorded-steps 1,x",
-        ("--recorded-steps 1,x",), FP8_STUDY),
-    Row("fp8 study: name with a folder", "--device cpu --output-dir out --name a/b",
-        ("--name a/b",), FP8_STUDY),
-    Row("fp8 study: output is a file", "--device cpu --output-dir {w}/text.jsonl",
-        ("--output-dir", "text.jsonl", "not a folder"), FP8_STUDY),
-    Row("fp8 study: output below a file", "--device cpu --output-dir {w}/text.jsonl/study",
-        ("--output-dir", "text.jsonl/study"), FP8_STUDY),
-    Row("fp8 study: no GPU", "--output-dir out", ("--device cuda", "--device cpu"), FP8_STUDY),
     Row("checkpoint: no command", "", ("command",), CHECKPOINT),
     Row("checkpoint: unknown command", "repair {w}", ("repair", "verify"), CHECKPOINT),
     Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT,
