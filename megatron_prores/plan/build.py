@@ -13,7 +13,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any
 
-from megatron.core import num_microbatches_calculator
 from megatron.training import global_vars
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
@@ -99,8 +98,12 @@ def build_plan(
             layer_map=layer_map(reports, opening_steps, unit),
             table=table(reports) if args.world_size <= _TABLE_RANKS else None,
             training=_training(args, timeline),
-            warmup=_warmup(prores, args.num_layers, openings),
-            memory=estimate(args, stages, num_microbatches_calculator.get_num_microbatches()),
+            warmup={
+                "schedule": prores.schedule,
+                "length": prores.total_warmup(args.num_layers) if prores.enabled else None,
+                "unit": prores.unit if prores.enabled else None,
+            },
+            memory=estimate(args, stages, groups),
             curves=_curves(prores, args.num_layers, openings, timeline),
             warnings=warnings,
             notes=machine.notes,
@@ -209,18 +212,6 @@ def _training(args: argparse.Namespace, timeline: Timeline) -> dict[str, Any]:
         "learning_rate_warmup_steps": args.lr_warmup_iters,
         "eval_interval": args.eval_interval,
         "save_interval": args.save_interval if args.save else None,
-    }
-
-
-def _warmup(prores: ProResConfig, num_layers: int, openings: list[int | None]) -> dict[str, Any]:
-    if not prores.enabled:
-        return {"schedule": prores.schedule, "length": None, "unit": None}
-    return {
-        "schedule": prores.schedule,
-        "length": prores.total_warmup(num_layers),
-        "unit": prores.unit,
-        "first_open_step": min((step for step in openings if step is not None), default=None),
-        "all_open_step": None if None in openings else max(filter(None, openings), default=0),
     }
 
 

@@ -14,28 +14,30 @@ import argparse
 import copy
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.theoretical_memory_usage import (
     NUM_BYTES_IN_MEGABYTE,
     report_theoretical_memory,
 )
 
+from megatron_prores.plan.groups import Groups
 from megatron_prores.plan.stages import Stage
 
 
-def estimate(
-    args: argparse.Namespace, stages: list[Stage], num_microbatches: int
-) -> dict[str, Any]:
+def estimate(args: argparse.Namespace, stages: list[Stage], groups: Groups) -> dict[str, Any]:
     """Estimate the bytes of a rank of each pipeline stage.
 
     Args:
         args: Validated by Megatron.
         stages: What a rank of each pipeline stage holds.
-        num_microbatches: Micro-batches per step.
+        groups: The process groups of every rank.
     """
     # A copy: the report fills in fields.
-    report = report_theoretical_memory(copy.copy(args), num_microbatches=num_microbatches)
+    report = report_theoretical_memory(copy.copy(args), get_num_microbatches())
     fixed, activations = (int(each * NUM_BYTES_IN_MEGABYTE) for each in report[:2])
-    parts = [{"stage": number, **_parts(args, stage)} for number, stage in enumerate(stages)]
+    parts = [
+        {"stage": number, **_parts(args, stage, groups)} for number, stage in enumerate(stages)
+    ]
     totals = [part["weights"] + part["gradients"] + part["optimizer"] for part in parts]
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     return {
@@ -49,7 +51,7 @@ def estimate(
     }
 
 
-def _parts(args: argparse.Namespace, stage: Stage) -> dict[str, int]:
+def _parts(args: argparse.Namespace, stage: Stage, groups: Groups) -> dict[str, int]:
     held, experts = stage.parameters, stage.expert_parameters
     weight = args.params_dtype.itemsize
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
@@ -60,17 +62,9 @@ def _parts(args: argparse.Namespace, stage: Stage) -> dict[str, int]:
     dense_ranks = expert_ranks = 1
     if args.use_distributed_optimizer:
         instances = args.num_distributed_optimizer_instances
-        dense_ranks = args.data_parallel_size * args.context_parallel_size // instances
-        expert_ranks = (
-            args.world_size
-            // instances
-            // (
-                args.expert_tensor_parallel_size
-                * args.expert_model_parallel_size
-                * args.pipeline_model_parallel_size
-            )
-        )
-    shard = -(-(held - experts) // dense_ranks) + -(-experts // max(1, expert_ranks))
+        dense_ranks = len(groups["data x context"][0]) // instances
+        expert_ranks = max(1, len(groups["expert data"][0]) // instances)
+    shard = -(-(held - experts) // dense_ranks) + -(-experts // expert_ranks)
     return {
         "weights": held * (1 if args.fp8_param_gather else weight),
         "gradients": held * gradient,

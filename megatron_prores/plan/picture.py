@@ -50,10 +50,13 @@ def draw_plan(plan: Plan, path: Path) -> None:
         if opens := plan.layers[layer - 1]["opens_after_step"]:
             axes.plot(opens, row + 0.5, "o", color="white", markeredgecolor="0.2", markersize=3.5)
     _label_rows(axes, plan, chunks)
-    _mark_end(axes, plan.training["steps"], edges[-1])
+    end = plan.training["steps"]
+    if end < edges[-1]:
+        axes.axvline(end, color="#d1495b", linewidth=1.5)
     axes.set_xlim(0, edges[-1])
     when = "at first" if len(plan.training["batch_phases"]) > 1 else "each"
-    axes.set_xlabel(f"step ({plan.training['tokens_per_step']:,} tokens {when})")
+    tokens = f"{plan.training['tokens_per_step']:,} tokens {when}"
+    axes.set_xlabel(f"step ({tokens}); training ends after step {end:,}")
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     title = (
         f"{plan.model['layers']} layers, {size_of(plan.parameters['total'])} parameters; "
@@ -86,24 +89,3 @@ def _label_rows(axes: Axes, plan: Plan, chunks: list[dict[str, Any]]) -> None:
     ]
     axes.set_yticks([row + 0.5 for row in shown], [labels[row] for row in shown], fontsize=7)
     axes.tick_params(axis="y", length=2)
-
-
-def _mark_end(axes: Axes, end: int, right: float) -> None:
-    """Write where the training ends, in the picture or beyond it."""
-    inside = end < right
-    if end == right:
-        return
-    color = "#d1495b" if inside else "0.4"
-    if inside:
-        axes.axvline(end, color=color, linewidth=1.5)
-    axes.annotate(
-        "training ends here" if inside else f"training goes on to step {end:,}",
-        (end if inside else right, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=color,
-        annotation_clip=False,
-    )

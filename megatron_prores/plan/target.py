@@ -47,7 +47,7 @@ class PlannedMachine(TargetEnvironment):
 
     def __init__(self) -> None:
         super().__init__()
-        self._packages: list[str] = []
+        self._packages: set[str] = set()
 
     def note_assumptions(self, args: Any) -> None:
         """Note what was taken as given of the machine.
@@ -56,7 +56,7 @@ class PlannedMachine(TargetEnvironment):
             args: Validated by Megatron.
         """
         if self._packages:
-            names = ", ".join(self._packages)
+            names = ", ".join(sorted(self._packages))
             self.note(f"packages that must be installed there, and are not here: {names}")
         if args.device == "cpu":
             return
@@ -76,18 +76,14 @@ class PlannedMachine(TargetEnvironment):
     def is_installed(self, module: str) -> bool:
         """Return True; remember the module where it is not here."""
         if not super().is_installed(module):
-            self._add_package(module)
+            self._packages.add(module)
         return True
 
     def version_below(self, package: str, least: str) -> str | None:
         """Return None; remember the version where the one that is here is older."""
         if super().version_below(package, least) is not None:
-            self._add_package(f"{package}>={least}")
+            self._packages.add(f"{package}>={least}")
         return None
-
-    def _add_package(self, package: str) -> None:
-        if package not in self._packages:
-            self._packages.append(package)
 
     def is_elsewhere(self, *paths: str) -> bool:
         """Return whether none of these paths is here, and all of them can be on another machine."""
