@@ -19,6 +19,7 @@ from megatron_prores.config import (
     OFF,
     ProResConfig,
 )
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import TRACEBACK, Parser, UserError
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
@@ -155,7 +156,9 @@ def explicit_prores_flags(argv: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_known_args(argv)[0]))
 
 
-def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
+def parse_args(
+    device: str, target: TargetEnvironment = THIS_MACHINE
+) -> tuple[argparse.Namespace, ProResConfig]:
     """Parse and validate the whole command line with Megatron's own parser.
 
     Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
@@ -163,6 +166,7 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
 
     Args:
         device: "cuda" or "cpu", as :func:`read_prores_flags` gave it; the CPU has other defaults.
+        target: The machine of the run, which the checks ask.
 
     Returns:
         Megatron's arguments, and the ProRes configuration, agreed with the checkpoint to load.
@@ -194,16 +198,16 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         args = arguments.parse_args(provider)
     except RuntimeError as error:  # --enable-msc without its package
         raise UserError(upstream_words(error)) from error
-    check_paths(args)
+    check_paths(args, target)
     saved = saved_run.find_saved_run(args)
     restored = saved_run.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
     prores = ProResConfig.from_args(args)
-    check_flags(args, prores)
-    check_files(args)
+    check_flags(args, prores, target)
+    check_files(args, target)
     saved_run.check_agreement(args, prores, saved)
     datasets = [] if args.mock_data else data_prefixes(args)
     try:
-        with setup_checks.around_setup(prores, datasets, saved, upstream_words):
+        with setup_checks.around_setup(prores, datasets, saved, upstream_words, target):
             args = arguments.parse_and_validate_args(provider)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         if (path := args.heterogeneous_layers_config_path) is None:

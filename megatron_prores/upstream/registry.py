@@ -71,6 +71,9 @@ def _call_wrapped(
 
 _replacements: list[Replacement] = []
 
+_values: list[tuple[ModuleType | type, str, Any, str]] = []
+"""(owner, name, its stock value, purpose) of what has another value, in the order of replacing."""
+
 
 def wrap(
     owner: ModuleType | type,
@@ -97,19 +100,32 @@ def wrap(
     parameters = inspect.signature(current).parameters if current is not None else {}
     missing = [parameter for parameter in needs if parameter not in parameters]
     if current is None or missing:
-        import megatron.core
-
-        raise RuntimeError(
-            f"megatron-core {megatron.core.__version__} has moved: {owner.__name__}.{name} "
-            f"{'has no parameter ' + ', '.join(missing) if missing else 'is gone'}. "
-            f"It was wrapped for {WRITTEN_AGAINST}."
-        )
+        what = f"has no parameter {', '.join(missing)}" if missing else "is gone"
+        raise _moved(owner, name, what)
     replacement: Replacement | None = getattr(current, _MARK, None)
     if replacement is None or replacement.owner is not owner:
         replacement = Replacement(owner, name, current, vars(owner).get(name))
         replacement.install()
         _replacements.append(replacement)
     replacement.wrappers[_place(purpose or wrapper)] = wrapper
+
+
+def replace(owner: ModuleType | type, purpose: Callable[..., Any], /, **values: Any) -> None:
+    """Give attributes of a module or class other values, until :func:`undone_afterwards` ends.
+
+    Args:
+        owner: The module or class.
+        purpose: The function that this belongs to.
+        **values: The values, by the attributes' names.
+
+    Raises:
+        RuntimeError: The installed Megatron has no such attribute.
+    """
+    for name, value in values.items():
+        if not hasattr(owner, name):
+            raise _moved(owner, name, "is gone")
+        _values.append((owner, name, getattr(owner, name), _place(purpose)))
+        setattr(owner, name, value)
 
 
 def undo(purpose: Callable[..., Any]) -> None:
@@ -123,11 +139,15 @@ def undo(purpose: Callable[..., Any]) -> None:
 
 @contextmanager
 def undone_afterwards() -> Iterator[None]:
-    """Take back, at the end of the block, what was wrapped in it."""
+    """Take back, at the end of the block, what was wrapped and replaced in it."""
     before = [(replacement, dict(replacement.wrappers)) for replacement in _replacements]
+    values = len(_values)
     try:
         yield
     finally:
+        while len(_values) > values:
+            owner, name, stock, _ = _values.pop()
+            setattr(owner, name, stock)
         for replacement in _replacements:
             replacement.wrappers.clear()
         for replacement, wrappers in before:
@@ -136,11 +156,20 @@ def undone_afterwards() -> Iterator[None]:
 
 
 def listed() -> dict[str, list[str]]:
-    """List the replaced functions: full name -> the purposes of their wrappers."""
+    """List what is replaced: full name -> the purposes."""
     return {
         f"{replacement.owner.__name__}.{replacement.name}": list(replacement.wrappers)
         for replacement in _replacements
-    }
+    } | {f"{owner.__name__}.{name}": [purpose] for owner, name, _, purpose in _values}
+
+
+def _moved(owner: ModuleType | type, name: str, what: str) -> RuntimeError:
+    import megatron.core
+
+    return RuntimeError(
+        f"megatron-core {megatron.core.__version__} has moved: {owner.__name__}.{name} {what}. "
+        f"It was replaced for {WRITTEN_AGAINST}."
+    )
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -5,63 +5,62 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from megatron_prores.plan.groups import WorldGroups
-from megatron_prores.plan.holding import StageHolding
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+)
+
+from megatron_prores.plan.stages import Stage
 
 
-def divisions(
-    args: argparse.Namespace, stages: list[StageHolding], gpus_per_node: int
-) -> list[str]:
-    """Say every division of an accepted layout; Megatron and our checks have refused all others.
+def divisions(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> list[str]:
+    """Write every division of an accepted layout; Megatron and our checks have refused all others.
 
     Args:
         args: Validated by Megatron.
         stages: What a rank of each pipeline stage holds.
         gpus_per_node: Ranks per node.
     """
-    tensor = args.tensor_model_parallel_size
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
     per_rank = f"/ {tensor} tensor ranks ="
+
+    def share(name: str, size: int) -> str:
+        return f"{name} {per_rank} {size // tensor} a rank"
+
     lines = [
         f"{args.world_size} ranks = {tensor} tensor x {args.pipeline_model_parallel_size} pipeline "
-        f"x {args.context_parallel_size} context x {args.data_parallel_size} data"
+        f"x {context} context x {args.data_parallel_size} data"
     ]
     nodes, odd = divmod(args.world_size, gpus_per_node)
     if nodes and not odd:
         lines.append(f"{args.world_size} ranks = {nodes} nodes x {gpus_per_node}")
-    lines.append(_layers(args, stages))
-    heads = args.num_attention_heads
-    lines.append(f"{heads} attention heads {per_rank} {heads // tensor} a rank")
+    heads, feed_forward = args.num_attention_heads, args.ffn_hidden_size
+    lines += [_layers(args, stages), share(f"{heads} attention heads", heads)]
     if args.group_query_attention:
         groups = args.num_query_groups
         shared = f"{groups // tensor} a rank" if groups >= tensor else "shared by several ranks"
         lines.append(f"{groups} query groups {per_rank} {shared}")
-    lines.append(
-        f"feed-forward {args.ffn_hidden_size} {per_rank} {args.ffn_hidden_size // tensor} a rank"
-    )
-    padded = args.padded_vocab_size
-    lines.append(f"vocabulary {padded}, with padding, {per_rank} {padded // tensor} a rank")
+    vocabulary = args.padded_vocab_size
+    lines.append(share(f"feed-forward {feed_forward}", feed_forward))
+    lines.append(share(f"vocabulary {vocabulary}, with padding,", vocabulary))
     if args.num_experts:
         ranks = args.expert_model_parallel_size
         lines.append(
             f"{args.num_experts} experts / {ranks} expert ranks = {args.num_experts // ranks} a "
             f"rank, each over {args.expert_tensor_parallel_size} expert-tensor ranks"
         )
-    if args.context_parallel_size > 1:
-        ranks = args.context_parallel_size
+    part = args.seq_length // context
+    if context > 1:
         lines.append(
-            f"sequence {args.seq_length} / {ranks} context ranks = {args.seq_length // ranks} a "
-            "rank, in two pieces"
+            f"sequence {args.seq_length} / {context} context ranks = {part} a rank, in two pieces"
         )
     if args.sequence_parallel:
-        part = args.seq_length // args.context_parallel_size
-        lines.append(
-            f"sequence {part} {per_rank} {part // tensor} a rank between the tensor-parallel "
-            "linears (sequence parallelism)"
-        )
+        between = "between the tensor-parallel linears (sequence parallelism)"
+        lines.append(f"{share(f'sequence {part}', part)} {between}")
     return lines + _batches(args)
 
 
-def _layers(args: argparse.Namespace, stages: list[StageHolding]) -> str:
+def _layers(args: argparse.Namespace, stages: list[Stage]) -> str:
     sizes = [len(chunk.layers) for stage in stages for chunk in stage.chunks]
     ranks, virtual = len(stages), len(stages[0].chunks)
     parts = f"{ranks} pipeline stages" + (f" x {virtual} virtual stages" if virtual > 1 else "")
@@ -72,11 +71,6 @@ def _layers(args: argparse.Namespace, stages: list[StageHolding]) -> str:
 
 
 def _batches(args: argparse.Namespace) -> list[str]:
-    from megatron.core.num_microbatches_calculator import (
-        get_current_running_global_batch_size,
-        get_num_microbatches,
-    )
-
     micro = get_num_microbatches()
     first = " (the first of the schedule)" if args.step_batch_size_schedule else ""
     lines = [
@@ -94,12 +88,14 @@ def _batches(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def layout_warnings(args: argparse.Namespace, groups: WorldGroups, gpus_per_node: int) -> list[str]:
+def layout_warnings(
+    args: argparse.Namespace, tensor_groups: list[list[int]], gpus_per_node: int
+) -> list[str]:
     """Find what works on paper and not well on the machines.
 
     Args:
         args: Validated by Megatron.
-        groups: The process groups of every rank.
+        tensor_groups: The tensor-parallel groups of all ranks.
         gpus_per_node: Ranks per node.
     """
     if args.world_size <= gpus_per_node:
@@ -109,12 +105,10 @@ def layout_warnings(args: argparse.Namespace, groups: WorldGroups, gpus_per_node
         warnings.append(
             f"{args.world_size} ranks do not fill nodes of {gpus_per_node} GPUs (--gpus-per-node)"
         )
-    torn = sum(
-        len({rank // gpus_per_node for rank in group}) > 1 for group in groups.of_kind("tensor")
-    )
+    torn = sum(len({rank // gpus_per_node for rank in group}) > 1 for group in tensor_groups)
     if torn:
         warnings.append(
-            f"{torn} of {len(groups.of_kind('tensor'))} tensor-parallel groups span nodes of "
-            f"{gpus_per_node} GPUs: every layer waits for the network between them"
+            f"{torn} of {len(tensor_groups)} tensor-parallel groups span nodes of {gpus_per_node} "
+            "GPUs: every layer waits for the network between them"
         )
     return warnings
