@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from megatron_prores.data.staging import publish, staging_directory
+from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.files import publish
 
 TRAIN_NAME = "train.jsonl"
 VALID_NAME = "valid.jsonl"

@@ -30,8 +30,9 @@ from megatron_prores.data.jsonl import (
     read_chunks,
 )
 from megatron_prores.data.progress import Progress
-from megatron_prores.data.staging import publish, refuse_existing, staging_directory
+from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.files import publish
 
 MODEL_TYPES = ("bpe", "unigram")
 
