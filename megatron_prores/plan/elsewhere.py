@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_prores import environment
 from megatron_prores.errors import UserError
+from megatron_prores.upstream.registry import replace, undone_afterwards
 
 ASSUMED_TE = "2.20"
 """The Transformer Engine that pyproject.toml asks for, where Megatron asks which one there is."""
@@ -57,14 +58,9 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
         owner: A module or class.
         **values: The attributes' new values, by name.
     """
-    stock = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
+    with undone_afterwards():
+        replace(owner, replaced, **values)
         yield
-    finally:
-        for name, value in stock.items():
-            setattr(owner, name, value)
 
 
 @contextmanager

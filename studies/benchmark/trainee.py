@@ -35,7 +35,7 @@ from megatron_prores.launch.network import set_single_process_env
 from megatron_prores.model import initial_weights as init
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.training.gpt import Batch, forward_step
-from megatron_prores.upstream import seams as upstream
+from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
 STOCK = "stock"
@@ -63,7 +63,7 @@ def start_megatron(device: str, argv: list[str]) -> argparse.Namespace:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the benchmark is a program of one process: start it without torchrun")
     set_single_process_env()
-    upstream.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     program, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
         parse_args(device)

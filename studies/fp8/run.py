@@ -64,7 +64,7 @@ def train(spec: Spec, directory: Path) -> dict[str, Any]:
     device.prepare(spec.device)
     from megatron_prores.plot import TRAIN_TAG, read_scalars
     from megatron_prores.training import prores_run as training
-    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.upstream.training_loop import call_around_steps
     from studies.fp8.record import COLUMNS, Recorder
 
     recorder = Recorder(spec.record)
@@ -83,7 +83,7 @@ def train(spec: Spec, directory: Path) -> dict[str, Any]:
             return model_chunks
 
         config.post_wrap_hooks = [*config.post_wrap_hooks, attach]
-        upstream.call_around_steps(recorder.begin, lambda iteration: None)
+        call_around_steps(recorder.begin, lambda iteration: None)
         return config
 
     training.model_config = model_config
