@@ -205,7 +205,7 @@ _verified: set[Path] = set()
 
 
 def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
-    """Around ``_load_base_checkpoint``: verifies first, then says clearly what cannot be read."""
+    """Verify a checkpoint before it is loaded, and say in one line what cannot be read."""
     args, root = named["args"], named["load_dir"]
     if root is None or root.startswith(REMOTE):
         return stock()

@@ -13,8 +13,9 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prores.data.staging import publish, staging_directory
+from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.files import publish
 
 _SUFFIXES = frozenset({".py", ".pyi", ".txt", ".rst", ".md"})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})

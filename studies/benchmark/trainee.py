@@ -34,7 +34,7 @@ from megatron_prores.launch.network import set_single_process_env
 from megatron_prores.model import initial_weights
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.training.gpt import Batch, forward_step
-from megatron_prores.upstream import seams
+from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 from studies.benchmark.cases import Side
 
@@ -55,7 +55,7 @@ def start_megatron(device: str, flags: list[str]) -> argparse.Namespace:
         UserError: Megatron refuses the flags.
     """
     set_single_process_env()
-    seams.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     sys.argv = [sys.argv[0], *flags]
     parse_args(device)
     initialize_megatron()

@@ -23,7 +23,8 @@ from megatron_prores.plot import TRAIN_TAG, read_scalars
 from megatron_prores.schedule.formulas import SCHEDULES
 from megatron_prores.training.gpt import forward_step, train_valid_test_datasets_provider
 from megatron_prores.training.prores_run import model_config
-from megatron_prores.upstream import seams as upstream
+from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
+from megatron_prores.upstream.training_loop import call_around_steps
 from studies.fp8.linear import emulate
 from studies.fp8.recipes import RECIPES
 from studies.fp8.record import COLUMNS, Recorder
@@ -40,7 +41,7 @@ def train(
     # One thread: the order of sums must not depend on the machine.
     torch.set_num_threads(1)
     set_single_process_env()
-    upstream.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     with tempfile.TemporaryDirectory() as folder:
         flags = megatron_flags(options, placement, schedule, seed)
         sys.argv = [sys.argv[0], *flags, "--tensorboard-dir", folder]
@@ -49,7 +50,7 @@ def train(
         config = model_config(args, prores)
         attach = partial(emulate, recipe=RECIPES[recipe], recorder=recorder)
         config.post_wrap_hooks = [*config.post_wrap_hooks, attach]
-        upstream.call_around_steps(recorder.begin, lambda iteration: None)
+        call_around_steps(recorder.begin, lambda iteration: None)
         try:
             pretrain(
                 pretrain_cfg_container_from_args(args, config),

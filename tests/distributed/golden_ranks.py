@@ -217,11 +217,11 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     from megatron_prores.command_line.arguments import parse_args, read_prores_flags
     from megatron_prores.convert.llama import to_llama
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 
     sys.argv = ["pretrain_gpt_prores.py", *argv]
     _, device = read_prores_flags(argv)
-    upstream.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     args, prores = parse_args(device)
     initialize_megatron()
     config = model_config(args, prores)

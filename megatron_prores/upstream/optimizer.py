@@ -1,60 +1,13 @@
-"""Run-time replacements that a run of ProRes needs, where Megatron offers no seam.
-
-Written against megatron-core 0.19.2: its training loop calls nothing of the user's between "the
-iteration is known" and "the forward pass of the step starts" that would also run when a captured
-CUDA graph is replayed.
-"""
+"""What the optimizer of a run of ProRes needs, where Megatron offers no seam."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_prores.upstream.registry import wrap
-
-StepHook = Callable[[int], None]
-
-
-def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None:
-    """Call the hooks from Megatron's training loop.
-
-    Both get the number of completed iterations, from the counter that a checkpoint restores. (The
-    global ``args.curr_iteration`` would not do: it is one behind in the evaluation after a step.)
-
-    Several may ask; one that asks again, with the same function of another object, is called once.
-
-    Args:
-        before_forward: Called on every rank before the forward passes of each training step and of
-            each evaluation, outside anything that is captured, replayed or recomputed.
-        after_logging: Called on every rank after Megatron has logged a training step.
-
-    Raises:
-        RuntimeError: The installed Megatron has other signatures than those relied on.
-    """
-    from megatron.training import training
-
-    def train_step(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
-        before_forward(named["iteration"])
-        return stock()
-
-    def evaluate(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
-        before_forward(named["iteration"])
-        return stock()
-
-    def training_log(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
-        result = stock()
-        after_logging(named["iteration"])
-        return result
-
-    for name, wrapper in (
-        ("train_step", train_step),
-        ("evaluate_and_print_results", evaluate),
-        ("training_log", training_log),
-    ):
-        wrap(training, name, ("iteration",), wrapper, purpose=before_forward)
 
 
 def exclude_embedding_from_weight_decay() -> None:
@@ -69,22 +22,8 @@ def exclude_embedding_from_weight_decay() -> None:
         config, overrides = stock()
         return config, {**overrides, ParamKey(name="*word_embeddings.weight"): {"wd_mult": 0.0}}
 
-    wrap(training, "get_megatron_optimizer_config", (), optimizer_config)
-
-
-def use_prebuilt_dataset_helpers() -> None:
-    """Keep Megatron from compiling its dataset helper where the wheel has brought it compiled.
-
-    The wheel has the compiled module but no Makefile, so that the compilation at start-up fails
-    although nothing needs compiling.
-    """
-    from megatron.core.datasets import utils
-
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    wrap(utils, "compile_helpers", (), lambda stock, named: None)
+    purpose = exclude_embedding_from_weight_decay
+    wrap(training, "get_megatron_optimizer_config", (), optimizer_config, purpose)
 
 
 def let_torch_adam_resume() -> None:
@@ -132,9 +71,10 @@ def let_torch_adam_resume() -> None:
             state["step"] = torch.tensor(float(max(counts))) if counts else state["step"].clone()
         return result
 
-    wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict)
-    wrap(owner, "_set_main_param_and_optimizer_states", ("self", "tensors"), set_states)
-    wrap(owner, "load_state_dict", ("self",), load_state_dict)
+    purpose = let_torch_adam_resume
+    wrap(owner, "sharded_state_dict", ("self", "is_loading"), sharded_state_dict, purpose)
+    wrap(owner, "_set_main_param_and_optimizer_states", ("self", "tensors"), set_states, purpose)
+    wrap(owner, "load_state_dict", ("self",), load_state_dict, purpose)
 
 
 def align_saved_optimizer_state() -> None:
@@ -166,12 +106,10 @@ def align_saved_optimizer_state() -> None:
             for buffer, index_map in zip(buffers, padded, strict=True):
                 buffer.param_index_map = index_map
 
-    wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", ("self",), sharded_state)
-
-
-def fork_data_workers() -> None:
-    """Start processes by fork, as Megatron's data loaders and checkpoint writers take for granted.
-
-    Their functions are local ones that cannot be pickled; Python 3.14 starts processes otherwise.
-    """
-    multiprocessing.set_start_method("fork", force=True)
+    wrap(
+        DistributedOptimizer,
+        "sharded_param_state_fully_reshardable",
+        ("self",),
+        sharded_state,
+        purpose=align_saved_optimizer_state,
+    )
