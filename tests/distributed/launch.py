@@ -248,6 +248,40 @@ def run_job(
     return run_ranks(directory, _run_program, (str(program), argv, prepare), ranks, timeout)
 
 
+type Check = tuple[Callable[..., None], tuple[Any, ...]]
+"""A function that runs in a rank and its arguments; both are pickled."""
+
+
+def check_name(check: Check) -> str:
+    function, args = check
+    return " ".join([function.__name__, *map(str, args)])
+
+
+def run_checks(directory: Path, checks: Sequence[Check]) -> dict[str, str]:
+    """Runs checks one after the other in one rank.
+
+    A check leaves nothing behind: what it replaces, it puts back.
+
+    Returns:
+        Name of the check -> its traceback, where it failed.
+    """
+    job = run_ranks(directory, _run_each, (checks, str(directory / "failures.json")))
+    assert job.succeeded, job.output[-3000:]
+    failures: dict[str, str] = json.loads((directory / "failures.json").read_text())
+    return failures
+
+
+def _run_each(checks: Sequence[Check], path: str) -> None:
+    failures = {}
+    for check in checks:
+        function, args = check
+        try:
+            function(*args)
+        except Exception:
+            failures[check_name(check)] = traceback.format_exc()
+    Path(path).write_text(json.dumps(failures))
+
+
 def _read(directory: Path, rank: int) -> dict[int, dict[int, float]]:
     recorded: dict[int, dict[int, float]] = {}
     with contextlib.suppress(FileNotFoundError):
