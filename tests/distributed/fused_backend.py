@@ -54,8 +54,8 @@ def use() -> None:
     specs.TESpecProvider = FusedBackend
 
 
-def run_forward_case(case: str, directory: str) -> None:
-    """Computes a golden case on this backend, and prints which modules a layer has got."""
+def run_forward_cases(cases: list[str], directory: str) -> None:
+    """Computes golden cases on this backend, and prints which modules a layer has got."""
     from megatron_prores.model.layer import ProResLayerMixin
 
     use()
@@ -74,7 +74,8 @@ def run_forward_case(case: str, directory: str) -> None:
         print("modules", *(f"{name}={type(m).__name__}" for name, m in modules.items()))
 
     ProResLayerMixin.__init__ = tell
-    golden_ranks.run_forward_case(case, {"transformer_impl": "transformer_engine"}, directory)
+    layout = {"transformer_impl": "transformer_engine"}
+    golden_ranks.run_forward_cases(cases, layout, directory)
 
 
 def use_instead_of_local() -> None:

@@ -54,10 +54,12 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron_prores.convert.llama import from_llama
     from megatron_prores.model.specs import prores_layer_spec
 
-    torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
-    parallel_state.initialize_model_parallel(
-        layout.get("tensor_model_parallel_size", 1), layout.get("pipeline_model_parallel_size", 1)
-    )
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
+        parallel_state.initialize_model_parallel(
+            layout.get("tensor_model_parallel_size", 1),
+            layout.get("pipeline_model_parallel_size", 1),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     meta = golden.load_json("meta.json")
     config = _transformer_config(weights, **layout)
@@ -167,6 +169,17 @@ def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bo
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         np.savez(Path(directory, f"stage{stage}.npz"), **results)
+
+
+def run_forward_cases(
+    cases: list[str], layout: dict[str, Any], directory: str, fold: bool = False
+) -> None:
+    """Computes several cases, one after the other, each into a folder of its own."""
+    for case in cases:
+        place = Path(directory, case)
+        place.mkdir(exist_ok=True)
+        print(f"case {case}", flush=True)
+        run_forward_case(case, layout, str(place), fold)
 
 
 def start_from_golden_weights(case: str) -> None:
