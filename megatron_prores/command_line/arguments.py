@@ -21,6 +21,7 @@ from megatron_prores.config import (
 )
 from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import TRACEBACK, Parser, UserError
+from megatron_prores.flags import config_of, told_in_flags
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
 
@@ -142,9 +143,19 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
             "--yaml-cfg cannot be used with pretrain_gpt_prores.py: give the options as flags"
         )
     check_device(args.device)
-    config = ProResConfig.from_args(args)
-    if args.num_layers is not None and args.num_layers >= 1:
-        config.check_layers(args.num_layers)
+    had_megatron = "megatron.core" in sys.modules
+    with told_in_flags():
+        config = config_of(args)
+        config.load()
+        if args.num_layers is not None and args.num_layers >= 1:
+            config.check_layers(args.num_layers)
+    if "megatron.core" in sys.modules and not had_megatron:
+        # --device cpu has to be in place first.
+        module = config.schedule.partition(":")[0]
+        raise UserError(
+            f"--prores-schedule {config.schedule}: importing {module} imports Megatron, which is "
+            "too early: put the function into a module that does not"
+        )
     return config, args.device
 
 
@@ -201,7 +212,9 @@ def parse_args(
     check_paths(args, target)
     saved = saved_run.find_saved_run(args)
     restored = saved_run.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
-    prores = ProResConfig.from_args(args)
+    with told_in_flags():
+        prores = config_of(args)
+        prores.load()
     check_flags(args, prores, target)
     check_files(args, target)
     saved_run.check_agreement(args, prores, saved)
@@ -222,7 +235,8 @@ def parse_args(
         # With exit code 0; rank 0 has printed why.
         raise UserError("Megatron ended the run at these flags, with the words above") from error
     vars(args).update(restored)
-    prores.check_layers(args.num_layers)
+    with told_in_flags():
+        prores.check_layers(args.num_layers)
     # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
     args.prores_settings = prores.settings(args.num_layers)
     return args, prores

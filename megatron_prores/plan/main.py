@@ -103,7 +103,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=f"Tells what a command line of {MAIN_PROGRAM} will do, without a GPU.",
-        usage=f"tools/plan.py --world-size N [options] -- <flags of {MAIN_PROGRAM}>",
+        usage=f"%(prog)s --world-size N [options] -- <flags of {MAIN_PROGRAM}>",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.command_line.device import prepare
 from megatron_prores.environment import check_environment
+from megatron_prores.flags import told_in_flags
 from megatron_prores.plan.result import Plan
 
 MAIN_PROGRAM = "pretrain_gpt_prores.py"
@@ -42,7 +43,7 @@ def make_plan(
         UserError: The main program would refuse the command line; the words are its own.
         StopRun: The layers or process groups do not fit together.
     """
-    with _as_rank_0(argv, world_size, min(gpus_per_node, world_size)):
+    with told_in_flags(), _as_rank_0(argv, world_size, min(gpus_per_node, world_size)):
         check_environment(os.environ)
         _, device = read_prores_flags(argv)
         # Whatever the run's device: the planner's is the CPU.

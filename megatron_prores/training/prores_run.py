@@ -14,13 +14,14 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.errors import StopRun
 from megatron_prores.model import heterogeneous
 from megatron_prores.model import initial_weights as init
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.upstream.optimizer import exclude_embedding_from_weight_decay
 from megatron_prores.upstream.registry import undo
 from megatron_prores.upstream.training_loop import call_around_steps
-from megatron_prores.warmup.audit import audit
+from megatron_prores.warmup.audit import AuditError, audit
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 from megatron_prores.warmup.scalars import log_alphas
 
@@ -40,7 +41,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         The configuration for ``megatron.training.pretrain``.
 
     Raises:
-        UserError: The model cannot be built, or has no such initial weights.
+        UserError: The model cannot be built.
     """
     args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
@@ -110,7 +111,10 @@ class ProResRun:
         step = self.progress(iteration)
         self.warmup.set_step(step)
         if not self.audited:
-            layer_map = audit(self.warmup, step)
+            try:
+                layer_map = audit(self.warmup, step)
+            except AuditError as error:
+                raise StopRun(str(error)) from error
             unit, total = self.config.unit, self.config.total_warmup(self.num_layers)
             summary = (
                 f"schedule {self.config.schedule}, warmup of {total} {unit} over "

@@ -48,10 +48,10 @@ def use() -> None:
     """Puts this backend where upstream and our spec take Transformer Engine's."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_prores.model import specs
+    from megatron_prores.model import with_prores
 
     gpt_layer_specs.TESpecProvider = FusedBackend
-    specs.TESpecProvider = FusedBackend
+    with_prores.TESpecProvider = FusedBackend
 
 
 def run_forward_cases(cases: list[str], directory: str) -> None:
@@ -88,5 +88,4 @@ def use_instead_of_local() -> None:
 
     use()
     specs.default_layer_spec = lambda config, vp_stage: get_gpt_layer_with_transformer_engine_spec()
-    specs._backend = lambda config: FusedBackend()
     print("local backend exchanged for one with", NormThenLinear.__name__)

@@ -8,7 +8,6 @@ from megatron_prores.command_line import device
 device.prepare("cpu")
 
 import megatron.training.training  # noqa: E402, F401
-import megatron_prores.data.index_cache  # noqa: E402
 import tensorboard.summary.writer.event_file_writer  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
