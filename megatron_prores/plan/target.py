@@ -47,7 +47,7 @@ class PlannedMachine(TargetEnvironment):
 
     def __init__(self) -> None:
         super().__init__()
-        self._packages: set[str] = set()
+        self._packages: dict[str, None] = {}  # in the order of asking
 
     def note_assumptions(self, args: Any) -> None:
         """Note what was taken as given of the machine.
@@ -56,7 +56,7 @@ class PlannedMachine(TargetEnvironment):
             args: Validated by Megatron.
         """
         if self._packages:
-            names = ", ".join(sorted(self._packages))
+            names = ", ".join(self._packages)
             self.note(f"packages that must be installed there, and are not here: {names}")
         if args.device == "cpu":
             return
@@ -76,13 +76,13 @@ class PlannedMachine(TargetEnvironment):
     def is_installed(self, module: str) -> bool:
         """Return True; remember the module where it is not here."""
         if not super().is_installed(module):
-            self._packages.add(module)
+            self._packages[module] = None
         return True
 
     def version_below(self, package: str, least: str) -> str | None:
         """Return None; remember the version where the one that is here is older."""
         if super().version_below(package, least) is not None:
-            self._packages.add(f"{package}>={least}")
+            self._packages[f"{package}>={least}"] = None
         return None
 
     def is_elsewhere(self, *paths: str) -> bool:
