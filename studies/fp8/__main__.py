@@ -24,6 +24,7 @@ from megatron_prores.command_line import device
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.data import corpus, preprocess, tokenizer
 from megatron_prores.errors import Parser, UserError, run_program
+from megatron_prores.flags import told_in_flags
 from megatron_prores.placement import PLACEMENTS
 from studies.fp8.picture import draw
 from studies.fp8.recipes import BF16, RECIPES
@@ -96,7 +97,8 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         )
     for schedule in options.schedules:
         try:
-            ProResConfig(schedule=schedule).check_layers(options.layers)
+            with told_in_flags():
+                ProResConfig(schedule=schedule).check_layers(options.layers)
         except UserError as error:
             raise UserError(f"--schedules {schedule}: {error}") from error
     if options.hidden_size % 64:
