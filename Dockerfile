@@ -3,7 +3,7 @@
 #   docker build --tag megatron-prores .
 #   bash examples/docker/run.sh examples/pretrain_130m.sh
 #
-# docs/docker.md explains both. All that is done at the build is in scripts/install_in_place.sh.
+# docs/docker.md explains both.
 
 # Needed: Python 3.12, torch 2.11 or newer, Transformer Engine 2.9 or newer. 26.09 is told to have
 # torch 2.14, CUDA 13.4, Transformer Engine 2.19, NCCL 2.31. A digest pins the image for good:
@@ -16,12 +16,9 @@ FROM ${BASE}
 ARG REVISION=unknown
 ARG BASE
 LABEL org.opencontainers.image.title="Megatron-ProRes" \
-      org.opencontainers.image.description="Pretrain language models with Progressive Residual Warmup on Megatron Core" \
-      org.opencontainers.image.documentation="docs/docker.md" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE}"
 
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron-prores
 
 # The packages first: a change of the code alone does not install them again.
@@ -33,19 +30,16 @@ COPY . .
 RUN PYTHON=python3 bash scripts/install_in_place.sh project \
  && python3 -m megatron_prores.doctor --need cpu
 
-# A user of its own, not root. examples/docker/run.sh starts the container as the user who calls it,
-# so that what is written belongs to that user: hence folders that anybody may write, and a name for
-# user numbers that the image does not know, which torch asks for.
-RUN useradd --uid 10001 --create-home --shell /bin/bash prores \
+# A user of its own, not root. examples/docker/run.sh starts the container as the user who calls it:
+# hence folders that anybody may write, and a name for user numbers that the image does not know,
+# which torch asks for.
+RUN useradd --uid 10001 --create-home prores \
  && mkdir -p runs data \
  && chmod 1777 runs data /home/prores
-ENV HOME=/home/prores \
-    USER=prores \
-    LOGNAME=prores \
-    PYTHON=python3
+ENV HOME=/home/prores USER=prores LOGNAME=prores PYTHON=python3
 USER 10001
 
-# Whether the installation is whole. It starts torch, but no GPU: a run keeps all of its memory.
+# It starts torch, but no GPU: a run keeps all of its memory.
 HEALTHCHECK --interval=10m --timeout=5m --start-period=5m \
   CMD ["python3", "-m", "megatron_prores.doctor", "--quiet", "--save", "/tmp"]
 

@@ -17,10 +17,12 @@ from megatron_prores.command_line import device  # noqa: E402
 from megatron_prores.command_line.arguments import parse_args, read_prores_flags  # noqa: E402
 from megatron_prores.environment import check_environment  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
+from megatron_prores.flags import told_in_flags  # noqa: E402
 
 
+@told_in_flags()
 def main() -> None:
-    """Parse, builds, and hand over to Megatron's own training program."""
+    """Parse, build, and hand over to Megatron's own training program."""
     check_environment(os.environ)
     _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
@@ -32,7 +34,6 @@ def main() -> None:
 
     from megatron_prores.checkpoint import guard
     from megatron_prores.command_line.advice import advice
-    from megatron_prores.data import index_cache
     from megatron_prores.training import lifecycle
     from megatron_prores.training.gpt import (
         embedding_ranks,
@@ -40,16 +41,16 @@ def main() -> None:
         train_valid_test_datasets_provider,
     )
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.upstream import datasets, optimizer
     from megatron_prores.warmup.scalars import close_tensorboard
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    upstream.fork_data_workers()
-    upstream.use_prebuilt_dataset_helpers()
-    upstream.let_torch_adam_resume()
-    upstream.align_saved_optimizer_state()
+    datasets.fork_data_workers()
+    datasets.use_prebuilt_dataset_helpers()
+    datasets.read_indices_as_numbers()
+    optimizer.let_torch_adam_resume()
+    optimizer.align_saved_optimizer_state()
     guard.install()
-    index_cache.install()
     args, prores = parse_args(device_name)
     if args.rank == 0:
         for line in advice(args, prores, argv=sys.argv[1:]):

@@ -12,48 +12,8 @@
 #
 # Started once per node; inside of Slurm the nodes find each other, elsewhere they need NNODES,
 # NODE_RANK and MASTER_ADDR. The same command started again goes on where the run was saved.
-# docs/launch.md explains the settings below, all of them environment variables.
-
-# ---- Settings: what an example has set is its default, what the environment has set counts -------
-
-launcher_settings() {
-  NNODES=${NNODES:-${SLURM_NNODES:-1}}
-  GPUS_PER_NODE=${GPUS_PER_NODE:-8} # on the CPU device: ranks per node
-  MASTER_PORT=${MASTER_PORT:-$(default_port)}
-  NODE_WAIT_SECONDS=${NODE_WAIT_SECONDS:-600} # for all nodes to come
-  # How long a rank waits for the others in one operation, a checkpoint for instance; and a launcher
-  # for a sign of life from another node's.
-  DISTRIBUTED_TIMEOUT_MINUTES=${DISTRIBUTED_TIMEOUT_MINUTES:-10}
-  SILENT_NODE_SECONDS=${SILENT_NODE_SECONDS:-600}
-  DEVICE=${DEVICE:-cuda}
-  PRECISION=${PRECISION:-$([[ $DEVICE == cpu ]] && echo fp32 || echo bf16)}
-
-  TP=${TP:-1} PP=${PP:-1} VPP=${VPP:-1} # tensor and pipeline ranks, virtual stages per pipeline rank
-  MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
-
-  # The paper's recipe, the same for every size.
-  SEQ_LENGTH=${SEQ_LENGTH:-1024}
-  GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512}
-  TRAIN_ITERS=${TRAIN_ITERS:-100000}
-  WARMUP_ITERS_PER_LAYER=${WARMUP_ITERS_PER_LAYER:-1000} # T of ProRes; the whole warmup is T x layers
-  VOCAB_SIZE=${VOCAB_SIZE:-32000}                        # of DATA=mock; a tokenizer brings its own
-
-  SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
-  EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
-  EVAL_ITERS=${EVAL_ITERS:-10}
-  LOG_INTERVAL=${LOG_INTERVAL:-10}
-
-  DATA=${DATA:-files} # mock: random tokens, no file is read
-  DATA_DIR=${DATA_DIR:-data}
-  TRAIN_DATA=${TRAIN_DATA:-$DATA_DIR/train_text_document}
-  VALID_DATA=${VALID_DATA:-$DATA_DIR/valid_text_document}
-  TOKENIZER_MODEL=${TOKENIZER_MODEL:-$DATA_DIR/tokenizer.model}
-  RUN_DIR=${RUN_DIR:-runs/$NAME/$method}
-  LOG_ID=${LOG_ID:-$(default_log_id)} # the folder of this start's logs in RUN_DIR/logs
-}
-
-# How PRECISION=fp8 trains (docs/fp8.md): scales from the tensor at hand, E5M2 for gradients.
-FP8=(--fp8-format hybrid --fp8-recipe tensorwise)
+# docs/launch.md explains the settings below, all of them environment variables. What is passed on as
+# it is, the program checks, in one line and before any work.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -62,55 +22,43 @@ fail() {
   exit 2
 }
 
+# is_one_of WORD WORDS...
+is_one_of() { [[ " ${*:2} " == *" $1 "* ]]; }
+
 # ---- The method, in words ------------------------------------------------------------------------
 
 PLACEMENTS=(pre sandwich post deepnorm lns scaled)
 SCHEDULES=(linear linear_sqrt linear_square equal reverse stagewise_0 stagewise_L stagewise_sqrt_L
   stagewise_sqrt_l fix_L fix_sqrt_L fix_sqrt_l)
 
-# is_one_of WORD WORDS...
-is_one_of() {
-  local word=$1 other
-  shift
-  for other; do [[ $word != "$other" ]] || return 0; done
-  return 1
-}
-
-# read_method WORDS...: sets placement, prores, schedule, dry_run, and flags: the rest.
+# read_method WORDS AND FLAGS...: sets placement, prores, schedule, method, dry_run, and flags.
 read_method() {
-  placement='' prores='' schedule='' dry_run=no
-  while (($#)); do
-    if [[ $1 == --dry-run ]]; then
+  placement='' prores='' schedule='' dry_run=no flags=()
+  local word kind
+  for word; do
+    if [[ $word == --dry-run ]]; then
       dry_run=yes
-    elif [[ $1 == -* ]]; then
-      break
-    elif is_one_of "$1" "${PLACEMENTS[@]}"; then
-      once placement "$1"
-    elif is_one_of "$1" prores plain; then
-      once prores "$1"
-    elif is_one_of "$1" "${SCHEDULES[@]}"; then
-      once schedule "$1"
+    elif ((${#flags[@]})) || [[ $word == -* ]]; then
+      flags+=("$word")
     else
-      fail "$1: no such word; a placement is one of ${PLACEMENTS[*]}; then prores or plain;" \
-        "a schedule is one of ${SCHEDULES[*]}; flags of the program begin with --"
+      if is_one_of "$word" "${PLACEMENTS[@]}"; then
+        kind=placement
+      elif is_one_of "$word" prores plain; then
+        kind=prores
+      elif is_one_of "$word" "${SCHEDULES[@]}"; then
+        kind=schedule
+      else
+        fail "$word: no such word; a placement is one of ${PLACEMENTS[*]}; then prores or plain;" \
+          "a schedule is one of ${SCHEDULES[*]}; flags of the program begin with --"
+      fi
+      [[ -z ${!kind} ]] || fail "${!kind} $word: give one $kind"
+      printf -v "$kind" %s "$word"
     fi
-    shift
-  done
-  flags=()
-  local flag
-  for flag; do
-    if [[ $flag == --dry-run ]]; then dry_run=yes; else flags+=("$flag"); fi
   done
   [[ $prores != plain || -z $schedule ]] || fail "plain $schedule: a schedule is one of prores"
   placement=${placement:-pre} prores=${prores:-prores}
   [[ $prores == plain ]] || schedule=${schedule:-linear}
   method=$placement-$prores${schedule:+-$schedule}
-}
-
-# once VARIABLE WORD: sets it, and refuses a second word of the kind.
-once() {
-  [[ -z ${!1} ]] || fail "${!1} $2: give one $1"
-  printf -v "$1" %s "$2"
 }
 
 # choose_job ARGUMENTS...: for a study of several runs, one per entry of JOBS. Sets chosen: the
@@ -133,7 +81,7 @@ choose_job() {
   chosen+=("${@:2}" "${dry[@]}")
 }
 
-# ---- Where, and with whom ------------------------------------------------------------------------
+# ---- Settings: what an example has set is its default, what the environment has set counts -------
 
 # Jobs that share a host must not share a port; all nodes of one job must.
 default_port() {
@@ -143,76 +91,82 @@ default_port() {
 # The host of node 0, inside of Slurm.
 first_host() { scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; }
 
-default_log_id() {
-  if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    echo "$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}"
-  else
-    date +%Y-%m-%d_%H-%M-%S
-  fi
-}
+read_settings() {
+  NNODES=${NNODES:-${SLURM_NNODES:-1}}
+  NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+  GPUS_PER_NODE=${GPUS_PER_NODE:-8} # on the CPU device: ranks per node
+  MASTER_PORT=${MASTER_PORT:-$(default_port)}
+  NODE_WAIT_SECONDS=${NODE_WAIT_SECONDS:-600} # for all nodes to come
+  # How long a rank waits for the others in one operation, a checkpoint for instance; and a launcher
+  # for a sign of life from another node's.
+  DISTRIBUTED_TIMEOUT_MINUTES=${DISTRIBUTED_TIMEOUT_MINUTES:-10}
+  SILENT_NODE_SECONDS=${SILENT_NODE_SECONDS:-600}
+  DEVICE=${DEVICE:-cuda}
+  PRECISION=${PRECISION:-$([[ $DEVICE == cpu ]] && echo fp32 || echo bf16)}
+  TP=${TP:-1} PP=${PP:-1} VPP=${VPP:-1} # tensor and pipeline ranks, virtual stages per pipeline rank
+  MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
 
-check_numbers() {
-  local variable
-  for variable in NNODES GPUS_PER_NODE MASTER_PORT NODE_WAIT_SECONDS DISTRIBUTED_TIMEOUT_MINUTES \
-    SILENT_NODE_SECONDS TP PP VPP MICRO_BATCH_SIZE LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE HEADS SEQ_LENGTH \
-    GLOBAL_BATCH_SIZE TRAIN_ITERS WARMUP_ITERS_PER_LAYER VOCAB_SIZE SAVE_INTERVAL EVAL_INTERVAL \
-    EVAL_ITERS LOG_INTERVAL; do
+  # The paper's recipe, the same for every size.
+  SEQ_LENGTH=${SEQ_LENGTH:-1024}
+  GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512}
+  TRAIN_ITERS=${TRAIN_ITERS:-100000}
+  WARMUP_ITERS_PER_LAYER=${WARMUP_ITERS_PER_LAYER:-1000} # T of ProRes; the whole warmup is T x layers
+  VOCAB_SIZE=${VOCAB_SIZE:-32000}                        # of DATA=mock; a tokenizer brings its own
+
+  SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
+  EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
+  EVAL_ITERS=${EVAL_ITERS:-10}
+  LOG_INTERVAL=${LOG_INTERVAL:-10}
+
+  DATA=${DATA:-files} # mock: random tokens, no file is read
+  DATA_DIR=${DATA_DIR:-data}
+  TRAIN_DATA=${TRAIN_DATA:-$DATA_DIR/train_text_document}
+  VALID_DATA=${VALID_DATA:-$DATA_DIR/valid_text_document}
+  TOKENIZER_MODEL=${TOKENIZER_MODEL:-$DATA_DIR/tokenizer.model}
+  RUN_DIR=${RUN_DIR:-runs/$NAME/$method}
+  [[ $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR
+  # The folder of this start's logs in RUN_DIR/logs.
+  local job=${SLURM_JOB_ID:+$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}}
+  LOG_ID=${LOG_ID:-${job:-$(date +%Y-%m-%d_%H-%M-%S)}}
+
+  local variable # what is calculated with here, or would end in a traceback of torch's
+  for variable in NNODES GPUS_PER_NODE MASTER_PORT NODE_WAIT_SECONDS DISTRIBUTED_TIMEOUT_MINUTES TP \
+    TRAIN_ITERS VOCAB_SIZE; do
     [[ ${!variable} =~ ^[1-9][0-9]{0,9}$ ]] || fail "$variable=${!variable}: give a whole number above 0"
   done
   ((MASTER_PORT < 65536)) || fail "MASTER_PORT=$MASTER_PORT: a port is less than 65536"
-  is_one_of "$DEVICE" cuda cpu || fail "DEVICE=$DEVICE: choose cuda or cpu"
   is_one_of "$PRECISION" bf16 fp8 fp32 || fail "PRECISION=$PRECISION: choose bf16, fp8 or fp32"
   is_one_of "$DATA" files mock || fail "DATA=$DATA: choose files or mock"
-  is_one_of "${TRANSFORMER_IMPL:-local}" transformer_engine local ||
-    fail "TRANSFORMER_IMPL=$TRANSFORMER_IMPL: choose transformer_engine or local"
 }
 
 # Sets NODE_RANK, MASTER_ADDR, and rendezvous: torchrun's part of the command.
 find_nodes() {
-  if ((NNODES > 1)) && [[ -z ${NODE_RANK:-${SLURM_NODEID:-}} ]]; then
-    fail "NNODES=$NNODES needs NODE_RANK: 0 on the host of MASTER_ADDR, then 1 to $((NNODES - 1))," \
-      "another on each node"
-  fi
-  NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-  [[ $NODE_RANK =~ ^[0-9]{1,6}$ && $NODE_RANK -lt $NNODES ]] ||
-    fail "NODE_RANK=$NODE_RANK: nodes are numbered from 0, and NNODES=$NNODES"
   [[ ${SLURM_LOCALID:-0} == 0 ]] ||
     fail "SLURM_LOCALID=$SLURM_LOCALID: start one launcher per node (srun --ntasks-per-node=1);" \
       "it starts the ranks of all GPUs itself"
+  ((NNODES == 1)) || [[ -n $NODE_RANK ]] ||
+    fail "NNODES=$NNODES needs NODE_RANK: 0 on the host of MASTER_ADDR, then 1 to $((NNODES - 1))," \
+      "another on each node"
+  NODE_RANK=${NODE_RANK:-0}
+  [[ $NODE_RANK =~ ^[0-9]{1,6}$ && $NODE_RANK -lt $NNODES ]] ||
+    fail "NODE_RANK=$NODE_RANK: nodes are numbered from 0, and NNODES=$NNODES"
   rendezvous=(--nproc-per-node "$GPUS_PER_NODE")
   if ((NNODES == 1)); then
     rendezvous+=(--standalone)
-    return
+  else
+    if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
+      MASTER_ADDR=$(first_host)
+    fi
+    [[ -n ${MASTER_ADDR:-} ]] ||
+      fail "NNODES=$NNODES needs MASTER_ADDR: the name or address of node 0, on all nodes"
+    # Static: rank 0 is on node 0, whatever the order in which they come, and a run whose node is
+    # lost ends on all nodes, to be started again from its checkpoint. --max-restarts stays 0: ranks
+    # that torchrun restarted would have to find the same nodes, and a lost node does not come back.
+    rendezvous+=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+      --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+      --rdzv-id "$NAME-$method" --rdzv-conf "timeout=$NODE_WAIT_SECONDS"
+      --silent-node-seconds "$SILENT_NODE_SECONDS")
   fi
-  if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-    MASTER_ADDR=$(first_host)
-  fi
-  [[ -n ${MASTER_ADDR:-} ]] ||
-    fail "NNODES=$NNODES needs MASTER_ADDR: the name or address of node 0, on all nodes"
-  # Static: rank 0 is on node 0, whatever the order in which they come, and a run whose node is lost
-  # ends on all nodes, to be started again from its checkpoint. --max-restarts stays 0: ranks that
-  # torchrun restarted would have to find the same nodes, and a lost node does not come back.
-  rendezvous+=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-    --rdzv-id "$NAME-$method" --rdzv-conf "timeout=$NODE_WAIT_SECONDS"
-    --silent-node-seconds "$SILENT_NODE_SECONDS")
-}
-
-check_layout() {
-  local world=$((NNODES * GPUS_PER_NODE)) ranks=$((TP * PP)) data_parallel
-  ((world % ranks == 0)) ||
-    fail "TP=$TP times PP=$PP does not divide the $world ranks (NNODES=$NNODES x GPUS_PER_NODE=$GPUS_PER_NODE)"
-  data_parallel=$((world / ranks))
-  ((GLOBAL_BATCH_SIZE % (MICRO_BATCH_SIZE * data_parallel) == 0)) ||
-    fail "GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE does not divide by MICRO_BATCH_SIZE=$MICRO_BATCH_SIZE" \
-      "times $data_parallel data-parallel ranks"
-}
-
-check_gpus() {
-  local there
-  [[ $DEVICE == cuda && -z ${CUDA_VISIBLE_DEVICES:-} ]] && command -v nvidia-smi >/dev/null || return 0
-  there=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || return 0
-  ((there >= GPUS_PER_NODE)) || fail "GPUS_PER_NODE=$GPUS_PER_NODE, but $(hostname) has $there GPUs"
 }
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -220,7 +174,11 @@ check_gpus() {
 # build_command: sets command, from the settings.
 build_command() {
   # 32000 pieces need no padding while this times TP divides them; Megatron's default is 128.
-  local divisible=$((TP < 3 ? 128 : TP < 257 ? 256 / TP : 1))
+  local divisible=$((TP < 3 ? 128 : TP < 257 ? 256 / TP : 1)) norms warmup model training layout data
+  norms=(--norm-placement "${placement/scaled/pre}")
+  [[ $placement != scaled ]] || norms+=(--branch-init scaled)
+  warmup=(--prores-schedule "${schedule:-none}")
+  [[ $prores == plain ]] || warmup+=(--prores-warmup-iters-per-layer "$WARMUP_ITERS_PER_LAYER")
   model=(
     --num-layers "$LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
     --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
@@ -229,15 +187,6 @@ build_command() {
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
     --make-vocab-size-divisible-by "$divisible"
   )
-  case $placement in
-    scaled) method_flags=(--norm-placement pre --branch-init scaled) ;;
-    *) method_flags=(--norm-placement "$placement") ;;
-  esac
-  if [[ $prores == plain ]]; then
-    method_flags+=(--prores-schedule none)
-  else
-    method_flags+=(--prores-schedule "$schedule" --prores-warmup-iters-per-layer "$WARMUP_ITERS_PER_LAYER")
-  fi
   training=(
     --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
     --train-iters "$TRAIN_ITERS" --lr "$LEARNING_RATE" --min-lr 0
@@ -248,28 +197,28 @@ build_command() {
   )
   layout=(--device "$DEVICE" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
     --use-distributed-optimizer --distributed-timeout-minutes "$DISTRIBUTED_TIMEOUT_MINUTES")
-  ((VPP == 1)) || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
+  [[ $VPP == 1 ]] || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
   [[ $PRECISION == fp32 ]] || layout+=(--bf16)
-  [[ $PRECISION != fp8 ]] || layout+=("${FP8[@]}")
+  [[ $PRECISION != fp8 ]] || layout+=(--fp8-format hybrid --fp8-recipe tensorwise) # docs/fp8.md
   if [[ $DEVICE == cuda ]]; then
     layout+=(--overlap-grad-reduce --overlap-param-gather)
     ((TP == 1)) || layout+=(--sequence-parallel)
-    [[ $(transformer_impl) != local ]] ||
-      layout+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion
-        --no-rope-fusion)
+    # Megatron's own layers are the way out where Transformer Engine is missing.
+    [[ -n ${TRANSFORMER_IMPL:-} ]] || ! lacks transformer_engine || TRANSFORMER_IMPL=local
+    [[ -z ${TRANSFORMER_IMPL:-} ]] || layout+=(--transformer-impl "$TRANSFORMER_IMPL")
+    [[ ${TRANSFORMER_IMPL:-} != local ]] ||
+      layout+=(--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
     # Apex has the kernel; the output head wants it with Transformer Engine as well.
     ! lacks fused_weight_gradient_mlp_cuda || layout+=(--no-gradient-accumulation-fusion)
   fi
-  if [[ $DATA == mock ]]; then
-    # The tokenizer adds one id.
+  if [[ $DATA == mock ]]; then # the tokenizer adds one id
     data=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$((VOCAB_SIZE - 1))")
-  else
-    # Not quoted: Megatron takes several weighted data sets, "0.3 a 0.7 b".
+  else # not quoted: Megatron takes several weighted data sets, "0.3 a 0.7 b"
     # shellcheck disable=SC2206
     data=(--train-data-path $TRAIN_DATA --valid-data-path $VALID_DATA
       --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER_MODEL")
   fi
-  logging=(
+  local logging=(
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"
     --tensorboard-dir "$RUN_DIR/tensorboard"
@@ -279,19 +228,8 @@ build_command() {
     --wandb-exp-name "${WANDB_NAME:-$NAME-$method}" --wandb-save-dir "$RUN_DIR")
   command=("$PYTHON" -m megatron_prores.launch "${rendezvous[@]}"
     --no-python bash "$repo/scripts/log_rank.sh" "$RUN_DIR/logs/$LOG_ID"
-    "$PYTHON" "$repo/pretrain_gpt_prores.py" "${method_flags[@]}" "${model[@]}" "${training[@]}" "${layout[@]}"
-    "${data[@]}" "${logging[@]}" "${flags[@]}")
-}
-
-# Megatron's own layers are the way out where Transformer Engine is missing.
-transformer_impl() {
-  if [[ -n ${TRANSFORMER_IMPL:-} ]]; then
-    echo "$TRANSFORMER_IMPL"
-  elif lacks transformer_engine; then
-    echo local
-  else
-    echo transformer_engine
-  fi
+    "$PYTHON" "$repo/pretrain_gpt_prores.py" "${norms[@]}" "${warmup[@]}" "${model[@]}" "${training[@]}"
+    "${layout[@]}" "${data[@]}" "${logging[@]}" "${flags[@]}")
 }
 
 # This GPU machine's Python has no such module. Where there is no GPU either, the command is meant
@@ -316,31 +254,27 @@ build_environment() {
   # layer is issued before the computation that it is to overlap with.
   ((TP == 1)) || environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
   if [[ -n ${WANDB_PROJECT:-} ]]; then
-    environment+=("WANDB_MODE=${WANDB_MODE:-$(wandb_mode)}" "WANDB_RUN_ID=$(wandb_run_id)" WANDB_RESUME=allow)
+    local mode=offline
+    [[ -z ${WANDB_API_KEY:-} ]] && ! grep -qs wandb "${NETRC:-${HOME:-}/.netrc}" || mode=online
+    environment+=("WANDB_MODE=${WANDB_MODE:-$mode}"
+      "WANDB_RUN_ID=${WANDB_RUN_ID:-$(wandb_run_id)}" WANDB_RESUME=allow)
   fi
-}
-
-wandb_mode() {
-  local netrc=${NETRC:-${HOME:-}/.netrc}
-  if [[ -n ${WANDB_API_KEY:-} ]] || grep -qs wandb "$netrc"; then echo online; else echo offline; fi
 }
 
 # The same for every start of a run and on all its nodes: made once, and kept beside its checkpoints.
 wandb_run_id() {
-  local file=$RUN_DIR/wandb_run_id
-  if [[ -n ${WANDB_RUN_ID:-} ]]; then
-    echo "$WANDB_RUN_ID"
-  elif [[ $dry_run == yes && ! -f $file ]]; then
-    echo made-at-the-first-start
-  else
-    if [[ ! -f $file ]]; then
-      mkdir -p "$RUN_DIR"
-      od -An -N5 -tx1 /dev/urandom | tr -d ' \n' >"$file.$HOSTNAME.$$"
-      ln "$file.$HOSTNAME.$$" "$file" 2>/dev/null || true # another node may have been first
-      rm -f "$file.$HOSTNAME.$$"
+  local file=$RUN_DIR/wandb_run_id mine=$RUN_DIR/wandb_run_id.$HOSTNAME.$$
+  if [[ ! -f $file ]]; then
+    if [[ $dry_run == yes ]]; then
+      echo made-at-the-first-start
+      return
     fi
-    cat "$file"
+    mkdir -p "$RUN_DIR"
+    od -An -N5 -tx1 /dev/urandom | tr -d ' \n' >"$mine"
+    ln "$mine" "$file" 2>/dev/null || true # another node may have been first
+    rm -f "$mine"
   fi
+  cat "$file"
 }
 
 # Prints what would be run, so that it can be pasted: variables, then one flag per line.
@@ -361,12 +295,10 @@ print_command() {
 # launch WORDS AND FLAGS...: starts the run, or goes on with it. The shell becomes the launcher of
 # the ranks: signals reach it, and its exit code is the run's (docs/launch.md).
 launch() {
+  local there tracker saved=''
   read_method "$@"
-  launcher_settings
-  check_numbers
-  [[ $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR
+  read_settings
   find_nodes
-  check_layout
   if [[ $dry_run == yes ]]; then
     PYTHON=${PYTHON:-python3}
     build_environment
@@ -374,12 +306,15 @@ launch() {
     print_command
     return
   fi
-  check_gpus
+  if [[ $DEVICE == cuda && -z ${CUDA_VISIBLE_DEVICES:-} ]] && command -v nvidia-smi >/dev/null; then
+    there=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || there=$GPUS_PER_NODE
+    ((there >= GPUS_PER_NODE)) || fail "GPUS_PER_NODE=$GPUS_PER_NODE, but $HOSTNAME has $there GPUs"
+  fi
   PYTHON=${PYTHON:-$(bash "$repo/scripts/setup.sh")}
   build_environment
   build_command
 
-  local tracker=$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt saved=''
+  tracker=$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt
   [[ ! -f $tracker ]] || saved=$(<"$tracker")
   if [[ $saved =~ ^[0-9]+$ && " ${flags[*]} " != *" --train-"* ]] && ((saved >= TRAIN_ITERS)); then
     echo "$NAME $method is finished: iteration $saved of $TRAIN_ITERS is in $RUN_DIR/checkpoints"

@@ -1,17 +1,20 @@
-"""What a run is told about ProRes: one dataclass, checked once, when it is made."""
+"""What a run is told about ProRes: one dataclass, validated when it is made."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
-from megatron_prores.errors import UserError
-from megatron_prores.placement import PLACEMENTS
+import numpy as np
+
+from megatron_prores.errors import Argument, ArgumentError
+from megatron_prores.placement import PLACEMENTS, placement_of
 from megatron_prores.schedule.custom import (
     FILE,
     CustomSchedule,
     FileSchedule,
+    check_name,
     is_custom,
     load_schedule,
 )
@@ -32,13 +35,15 @@ DEFAULT_WARMUP_ITERS_PER_LAYER = 1000
 class ProResConfig:
     """The ProRes part of a run's configuration.
 
+    A schedule of the user's own is read when it is first asked for, or by :meth:`load`.
+
     Raises:
-        UserError: The schedule is unknown or cannot be read, or a warmup length is out of range.
+        ArgumentError: A name is unknown, or a warmup length is out of range.
     """
 
     schedule: str = "linear"
     """Name of the schedule, one of ``schedule.SCHEDULES``, or ``none`` for plain Megatron; or the
-    user's own, ``file:PATH`` or ``module:function`` (see custom_schedule.py)."""
+    user's own, ``file:PATH`` or ``module:function`` (see schedule/custom.py)."""
 
     warmup_iters: int | None = None
     """W, the length of the whole warmup in iterations. None: T times the number of layers."""
@@ -60,45 +65,51 @@ class ProResConfig:
     """Whether the embedding decays like other weights. The paper's runs decay no embedding."""
 
     def __post_init__(self) -> None:
-        if self.norm_placement not in PLACEMENTS:
-            raise UserError(
-                f"--norm-placement {self.norm_placement}: no such placement; choose one of "
-                f"{', '.join(PLACEMENTS)}"
-            )
+        placement_of(self.norm_placement)
         if self.branch_init not in BRANCH_INITS:
-            raise UserError(
-                f"--branch-init {self.branch_init}: no such initialisation; choose one of "
-                f"{', '.join(BRANCH_INITS)}"
+            raise ArgumentError(
+                Argument("branch_init", self.branch_init),
+                f": no such initialisation; choose one of {', '.join(BRANCH_INITS)}",
             )
-        if self.schedule not in (OFF, *SCHEDULES) and not is_custom(self.schedule):
-            raise UserError(
-                f"--prores-schedule {self.schedule}: no such schedule; choose one of "
-                f"{', '.join((OFF, *SCHEDULES))}, or give file:PATH or module:function"
+        schedule = Argument("schedule", self.schedule)
+        if is_custom(self.schedule):
+            check_name(self.schedule)
+        elif self.schedule not in (OFF, *SCHEDULES):
+            raise ArgumentError(
+                schedule,
+                f": no such schedule; choose one of {', '.join((OFF, *SCHEDULES))}, or give "
+                "file:PATH or module:function",
             )
-        lengths = {
-            "--prores-warmup-iters": self.warmup_iters,
-            "--prores-warmup-iters-per-layer": self.warmup_iters_per_layer,
-            "--prores-warmup-samples": self.warmup_samples,
-        }
-        given = {flag: value for flag, value in lengths.items() if value is not None}
+        names = ("warmup_iters", "warmup_iters_per_layer", "warmup_samples")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} each say how long the warmup is: give one")
-        for flag, value in given.items():
-            if value < 1:
-                raise UserError(
-                    f"{flag} {value}: must be at least 1; for a model without warmup use "
-                    f"--prores-schedule {OFF}"
+            first, *others = map(Argument, given)
+            named = [part for other in others for part in (" and ", other)]
+            raise ArgumentError(first, *named, " each say how long the warmup is: give one")
+        for name in given:
+            length = Argument(name, getattr(self, name))
+            if not isinstance(length.value, Integral) or int(length.value) < 1:
+                raise ArgumentError(
+                    length,
+                    ": must be a whole number, at least 1; for a model without warmup use ",
+                    Argument("schedule", OFF),
                 )
             if self.schedule.startswith(FILE):
-                raise UserError(
-                    f"{flag} {value} cannot be used with --prores-schedule {self.schedule}: its "
-                    "steps are those of the file"
+                raise ArgumentError(
+                    length, " cannot be used with ", schedule, ": its steps are those of the file"
                 )
-        _ = self.custom  # read now, so that what is wrong with it is said now
+
+    def load(self) -> None:
+        """Read the user's own schedule now, where the configuration names one.
+
+        Raises:
+            ArgumentError: Its file cannot be read, or its module cannot be imported.
+        """
+        _ = self.custom
 
     @cached_property
     def custom(self) -> CustomSchedule | None:
-        """The user's own schedule, read once, when the configuration is made; else None."""
+        """The user's own schedule, read once; None for a built-in one."""
         return load_schedule(self.schedule) if is_custom(self.schedule) else None
 
     @property
@@ -106,32 +117,15 @@ class ProResConfig:
         """The sha256 of the file that the user's own schedule is in; None for a built-in one."""
         return None if self.custom is None else self.custom.digest
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> ProResConfig:
-        """Build the configuration from parsed flags, or from those that a checkpoint remembers.
-
-        Args:
-            args: Has the destinations of the flags of the group "ProRes".
-
-        Raises:
-            UserError: A value is wrong.
-        """
-        return cls(
-            schedule=args.prores_schedule,
-            warmup_iters=args.prores_warmup_iters,
-            warmup_iters_per_layer=args.prores_warmup_iters_per_layer,
-            warmup_samples=args.prores_warmup_samples,
-            norm_placement=args.norm_placement,
-            branch_init=args.branch_init,
-            embedding_weight_decay=args.embedding_weight_decay,
-        )
-
     def check_layers(self, num_layers: int) -> None:
-        """Refuse a schedule of the user's own that is wrong for a model of ``num_layers``.
+        """Refuse a number of layers that there cannot be, or that the schedule is not for.
 
         Raises:
-            UserError: The schedule is for another number of layers, or not within [0, 1].
+            ArgumentError: ``num_layers`` is less than 1; or a schedule of the user's own is for
+                another number of layers, or not within [0, 1].
         """
+        if num_layers < 1:
+            raise ArgumentError(Argument("num_layers", num_layers), ": must be at least 1")
         if self.custom is not None:
             self.custom.check(num_layers, self.total_warmup(num_layers))
 
@@ -172,28 +166,34 @@ class ProResConfig:
         return per_layer * num_layers
 
     def settings(self, num_layers: int) -> dict[str, str | int]:
-        """List what a checkpoint remembers, by the flag that sets it.
+        """Return what a checkpoint should remember, by name: plain data, to be saved with it.
 
-        Two runs with the same settings give every layer the same alpha at every step. Where a value
-        follows from another (the warmup from its length per layer), it is the value that counts.
+        A run that goes on compares it with its own (:func:`check_settings`): two runs with the same
+        settings give every layer the same alpha at every step. Where a value follows from another
+        (the warmup from its length per layer), it is the value that counts.
+
+        Args:
+            num_layers: L, the layers of the whole model.
         """
         settings: dict[str, str | int] = {
             # A file is what is in it, wherever it lies.
-            "--prores-schedule": FILE if self.schedule.startswith(FILE) else self.schedule,
-            "--norm-placement": self.norm_placement,
-            "--branch-init": self.initialization,
-            "--num-layers": num_layers,
+            "schedule": FILE if self.schedule.startswith(FILE) else self.schedule,
+            "norm_placement": self.norm_placement,
+            "branch_init": self.initialization,
+            "num_layers": num_layers,
         }
         if self.schedule_digest is not None:
-            settings["the sha256 of the schedule's file"] = self.schedule_digest
+            settings["schedule_sha256"] = self.schedule_digest
         has_length = not self.schedule.startswith((FILE, "fix_"))
         if self.enabled and has_length:
-            flag = "--prores-warmup-" + ("iters" if self.unit == "iterations" else "samples")
-            settings[flag] = self.total_warmup(num_layers)
+            name = "warmup_iters" if self.unit == "iterations" else "warmup_samples"
+            settings[name] = self.total_warmup(num_layers)
         return settings
 
     def alphas(self, step: int, num_layers: int) -> Alphas:
         """Evaluate the schedule: alpha of layer 1..L at ``step``, in ``unit``; float64 [L]."""
+        if not self.enabled:
+            return np.ones(num_layers)
         warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.alphas(step, num_layers, warmup)
@@ -201,6 +201,8 @@ class ProResConfig:
 
     def opening_steps(self, num_layers: int) -> list[int | None]:
         """Return for layer 1..L the step from which alpha is 1, in ``unit``; None for never."""
+        if not self.enabled:
+            return [0] * num_layers
         warmup = self.total_warmup(num_layers)
         if self.custom is not None:
             return self.custom.opening_steps(num_layers, warmup)

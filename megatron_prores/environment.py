@@ -1,11 +1,12 @@
-"""What surrounds a run: the launcher's variables (torchrun's), and the optional packages."""
+"""What surrounds a run: the launcher's variables (torchrun's), and the machine that it is for."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_prores.errors import UserError
 
@@ -53,56 +54,80 @@ def check_address(environment: Mapping[str, str]) -> None:
             raise UserError(f"the environment has no {name}: {_LAUNCHER}")
 
 
-_taken_as_installed: list[str] | None = None
-
-
 def is_installed(module: str) -> bool:
     """Return whether a module can be imported, without importing it."""
-    if importlib.util.find_spec(module) is not None:
-        return True
-    if _taken_as_installed is None:
+    return importlib.util.find_spec(module) is not None
+
+
+class TargetEnvironment:
+    """The machine that a command line is checked for: this one.
+
+    The checks of a command line ask it about packages, paths and GPUs. The planner hands them one
+    that stands for another machine.
+    """
+
+    has_this_gpu = True
+    """Whether the run's GPUs are those of this machine, so that they can be asked."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        """What was not checked, or taken as given; each once."""
+
+    def note(self, text: str) -> None:
+        """Add a note unless it is there."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def is_installed(self, module: str) -> bool:
+        """Return whether a module can be imported there."""
+        return is_installed(module)
+
+    def version_below(self, package: str, least: str) -> str | None:
+        """Return the installed version of a package where it is older than needed.
+
+        Args:
+            package: The name of the distribution.
+            least: The oldest version that will do.
+
+        Returns:
+            None where the version will do, and where the package is not installed.
+        """
+        from packaging.version import Version
+
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        return found if Version(found) < Version(least) else None
+
+    def is_elsewhere(self, *paths: str) -> bool:
+        """Return whether none of these paths is on this machine, and they may be on the target."""
         return False
-    if module not in _taken_as_installed:
-        _taken_as_installed.append(module)
-    return True
 
+    def check_writable(self, flag: str, path: str) -> None:
+        """Refuse a directory of output that cannot be made or written to.
 
-def version_below(package: str, least: str) -> str | None:
-    """Return the installed version of a package where it is older than needed.
+        Raises:
+            UserError: Names the flag and the path.
+        """
+        nearest = os.path.abspath(path)
+        while not os.path.lexists(nearest):
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest):
+            raise UserError(f"{flag} {path}: {nearest} is not a directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: {nearest} cannot be written to")
 
-    Args:
-        package: The name of the distribution.
-        least: The oldest version that will do.
+    def stand_in_tokenizer(self, args: Any) -> Any | None:
+        """Return what takes the place of a tokenizer that only the target machine can build.
 
-    Returns:
-        None where the version will do, where the package is not installed, and where packages are
-        taken as installed.
-    """
-    from packaging.version import Version
+        Args:
+            args: Validated by Megatron.
 
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        Returns:
+            None where the tokenizer is to be built here.
+        """
         return None
-    if Version(found) >= Version(least):
-        return None
-    if _taken_as_installed is None:
-        return found
-    if (needed := f"{package}>={least}") not in _taken_as_installed:
-        _taken_as_installed.append(needed)
-    return None
 
 
-@contextmanager
-def every_package() -> Iterator[list[str]]:
-    """Answer for another machine than this one: there, every optional package is installed.
-
-    Yields:
-        The packages that were asked for and are not here, as they come.
-    """
-    global _taken_as_installed
-    before, _taken_as_installed = _taken_as_installed, []
-    try:
-        yield _taken_as_installed
-    finally:
-        _taken_as_installed = before
+THIS_MACHINE = TargetEnvironment()

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 _QUIET_RANK_WAIT_SECONDS = 5.0
 """Seconds that a silent rank waits with its end for the rank that prints the reason."""
@@ -48,6 +49,36 @@ class UserError(StopRun):
     def message(self) -> str:
         """Return the message on one line, whatever it was put together from."""
         return " ".join(str(self).split())
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument where a message mentions it: ``name=value``, or its name alone."""
+
+    name: str
+    value: Any = None
+    """None: its name alone."""
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+class ArgumentError(ValueError):
+    """An argument has a value that cannot be used: ``warmup_iters=0: must be at least 1``.
+
+    It is raised with the parts of its message, of which the command line shows the arguments as
+    the flags that they come from.
+    """
+
+    def __init__(self, *parts: str | Argument) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.message()
+
+    def message(self, show: Callable[[Argument], str] = str) -> str:
+        """Return the message, with its arguments as ``show`` writes them."""
+        return "".join(show(each) if isinstance(each, Argument) else each for each in self.args)
 
 
 class Parser(argparse.ArgumentParser):

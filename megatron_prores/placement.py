@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_prores.errors import Argument, ArgumentError
+
 
 @dataclass(frozen=True)
 class NormPlacement:
@@ -44,4 +46,18 @@ PLACEMENTS: dict[str, NormPlacement] = {
     "deepnorm": NormPlacement("N(d x + a F(x))", post_norm=True, deepnorm=True),
     "lns": NormPlacement("x + a F(N(x))", norm_input=True, scaled_norms=True),
 }
-"""Norm placements by the names of ``--norm-placement``."""
+"""Norm placements by their names."""
+
+
+def placement_of(norm_placement: str) -> NormPlacement:
+    """Return a norm placement by its name.
+
+    Raises:
+        ArgumentError: There is none of that name.
+    """
+    if norm_placement not in PLACEMENTS:
+        raise ArgumentError(
+            Argument("norm_placement", norm_placement),
+            f": no such placement; choose one of {', '.join(PLACEMENTS)}",
+        )
+    return PLACEMENTS[norm_placement]

@@ -33,8 +33,8 @@ _SMOOTHED_ABOVE = 200
 class Series:
     """A scalar over iterations."""
 
-    steps: npt.NDArray[np.int64]
-    """Iterations, rising."""
+    steps: npt.NDArray[Any]
+    """Iterations, rising; of a smoothed series, their means."""
     values: npt.NDArray[np.float64]
 
 
@@ -76,47 +76,29 @@ def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
                     by_step[event.step] = written
     if not points:
         raise UserError(f"--tensorboard-dir {tensorboard_dir}: its event files hold no scalars")
-    return {tag: _series(by_step) for tag, by_step in points.items()}
+    scalars = {}
+    for tag, by_step in points.items():
+        steps = sorted(by_step)
+        values = [by_step[step][1] for step in steps]
+        scalars[tag] = Series(np.array(steps, np.int64), np.array(values))
+    return scalars
 
 
 def alpha_matrix(
     scalars: Mapping[str, Series],
 ) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.float64]] | None:
-    """Arranges the layers' alphas for a heat map.
-
-    Args:
-        scalars: As :func:`read_scalars` returns them.
-
-    Returns:
-        The layer numbers, the iterations and alpha per layer and iteration (a layer keeps its last
-        value between two records), or None when the run logged no alpha.
-    """
-    layers = {
-        int(match[1]): series
-        for tag, series in scalars.items()
-        if (match := ALPHA_TAG.fullmatch(tag))
-    }
-    if not layers:
+    """Return the layers, the iterations, and alpha per layer and iteration; None without alphas."""
+    tags = {int(match[1]): tag for tag in scalars if (match := ALPHA_TAG.fullmatch(tag))}
+    if not tags:
         return None
-    steps = np.unique(np.concatenate([series.steps for series in layers.values()]))
-    matrix = np.full((len(layers), len(steps)), np.nan)
-    for row, number in enumerate(sorted(layers)):
-        series = layers[number]
-        latest = np.searchsorted(series.steps, steps, side="right") - 1
-        known = latest >= 0
-        matrix[row, known] = series.values[latest[known]]
-    return sorted(layers), steps, matrix
+    layers = sorted(tags)
+    series = [scalars[tags[layer]] for layer in layers]
+    steps = np.unique(np.concatenate([each.steps for each in series]))
+    return layers, steps, np.array([np.interp(steps, each.steps, each.values) for each in series])
 
 
 def draw_run(scalars: Mapping[str, Series], title: str | None = None) -> Figure:
     """Draw losses over iterations and, where alphas were logged, their heat map below.
-
-    Args:
-        scalars: As :func:`read_scalars` returns them.
-        title: Shown on top.
-
-    Returns:
-        The figure.
 
     Raises:
         UserError: Neither a training nor a validation loss was logged.
@@ -140,10 +122,7 @@ def draw_run(scalars: Mapping[str, Series], title: str | None = None) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``tools/plot_run.py``.
-
-    Args:
-        argv: Arguments; those of the process by default.
+    """Run the command ``tools/plot_run.py``.
 
     Raises:
         UserError: The logs or the output are not usable.
@@ -162,11 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(args.output)
 
 
-def _series(by_step: Mapping[int, tuple[float, float]]) -> Series:
-    steps = sorted(by_step)
-    return Series(np.array(steps, np.int64), np.array([by_step[step][1] for step in steps]))
-
-
 def _draw_losses(axes: Axes, scalars: Mapping[str, Series]) -> None:
     train, valid = scalars.get(TRAIN_TAG), scalars.get(VALID_TAG)
     if train is None and valid is None:
@@ -179,8 +153,8 @@ def _draw_losses(axes: Axes, scalars: Mapping[str, Series]) -> None:
         raw: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if many else {"label": "training"}
         axes.plot(train.steps, train.values, color=_TRAIN_COLOR, **raw)
         if many:
-            smooth = _smooth(train.values, len(train.steps) // 50)
-            axes.plot(train.steps, smooth, color=_TRAIN_COLOR, label="training (smoothed)")
+            smooth = _smooth(train, len(train.steps) // 50)
+            axes.plot(smooth.steps, smooth.values, color=_TRAIN_COLOR, label="training (smoothed)")
     if valid is not None:
         axes.plot(
             valid.steps, valid.values, color=_VALID_COLOR, label="validation",
@@ -211,18 +185,14 @@ def _draw_alphas(
     figure.colorbar(image, ax=axes, label="residual scale α", pad=0.015, ticks=[0, 0.5, 1])
 
 
-def _smooth(values: npt.NDArray[np.float64], span: int) -> npt.NDArray[np.float64]:
-    """Centred mean over about ``span`` points, narrower at the ends, blind to inf and NaN."""
-    half = max(span // 2, 1)
-    finite = np.isfinite(values)
-    sums = np.cumsum(np.append(0.0, np.where(finite, values, 0.0)))
-    counts = np.cumsum(np.append(0, finite))
-    index = np.arange(len(values))
-    # Symmetric, so that a falling curve is not pulled up or down where the window is cut.
-    reach = np.minimum(half, np.minimum(index, index[::-1]))
-    count = counts[index + reach + 1] - counts[index - reach]
-    total = sums[index + reach + 1] - sums[index - reach]
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+def _smooth(series: Series, span: int) -> Series:
+    """Return means over ``span`` points, of iterations and values alike, without inf and NaN."""
+    finite = np.isfinite(series.values)
+    steps, values = series.steps[finite], series.values[finite]
+    if len(steps) < span:
+        return Series(steps, values)
+    window = np.full(span, 1 / span)
+    return Series(np.convolve(steps, window, "valid"), np.convolve(values, window, "valid"))
 
 
 def _save(figure: Figure, output: Path, flag: str = "--output") -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collects, on a machine with a network, the wheels that a GPU machine without one needs. Counterpart
+# Collect, on a machine with a network, the wheels that a GPU machine without one needs. Counterpart
 # of scripts/install_wheels.sh, which installs them there.
 #
 #   bash scripts/collect_wheels.sh FOLDER
@@ -23,13 +23,14 @@
 # Exit codes: 0 collected; 2 a setting is wrong; 1 anything else.
 
 set -euo pipefail
+shopt -s nullglob
+export LC_ALL=C
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 torch=${PRORES_TORCH:-2.11.0}
 te=${PRORES_TE:-2.20.2}
 piece_mb=${PRORES_PIECE_MB:-60}
 cuda=${CUDA_HOME:-/usr/local/cuda}
-export LC_ALL=C
 
 say() { printf '[wheels] %s\n' "$*" >&2; }
 
@@ -46,103 +47,66 @@ for setting in "PRORES_TORCH=$torch" "PRORES_TE=$te"; do
 done
 [[ $piece_mb =~ ^[1-9][0-9]*$ ]] || die 2 "PRORES_PIECE_MB=$piece_mb: give a whole number above 0"
 venv=${PRORES_BUILD_VENV:-$1.build}
-[[ -z ${PRORES_BUILD_VENV:-} || -x $venv/bin/python ]] ||
+python=$venv/bin/python
+[[ -z ${PRORES_BUILD_VENV:-} || -x $python ]] ||
   die 2 "PRORES_BUILD_VENV=$venv: no virtual environment"
-# Before any download: a build that cannot be made.
-built=$(find "$1" -name "transformer_engine_torch-$te-cp312-*.whl" 2>/dev/null | head -n 1 || true)
-[[ $te == none || -n $built || -x $cuda/bin/nvcc ]] ||
+built=("$1"/transformer_engine_torch-"$te"-cp312-*.whl)
+[[ $te == none || -n ${built[*]} || -x $cuda/bin/nvcc ]] ||
   die 2 "no $cuda/bin/nvcc, which Transformer Engine is built with: name CUDA's folder in CUDA_HOME," \
     "or leave it out with PRORES_TE=none"
 
 unset PIP_CONSTRAINT PIP_USER PIP_TARGET PIP_PREFIX PYTHONPATH
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 
-make_venv() {
-  local base=${PYTHON:-python3.12}
-  if [[ ! -x $venv/bin/python ]]; then
-    "$base" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null ||
-      die 2 "$base is no Python 3.12 that can make virtual environments: name one in PYTHON"
-    "$base" -m venv "$venv"
+pip() { "$python" -m pip "$1" --quiet --disable-pip-version-check "${@:2}"; }
+
+if [[ ! -x $python ]]; then
+  base=${PYTHON:-python3.12}
+  "$base" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null ||
+    die 2 "$base is no Python 3.12 that can make virtual environments: name one in PYTHON"
+  "$base" -m venv "$venv"
+fi
+if [[ $("$python" -c 'import torch; print(torch.__version__.split("+")[0])' 2>&1) != "$torch" ]]; then
+  [[ -z ${PRORES_BUILD_VENV:-} ]] || die 2 "PRORES_BUILD_VENV=$venv does not hold torch $torch"
+  say "getting torch $torch, to build against and to leave out: about 3 GB"
+  pip install "torch==$torch" numpy packaging setuptools wheel pybind11 ninja
+fi
+
+wanted=()
+if [[ $te != none ]]; then
+  wanted=("transformer_engine[pytorch,core_cu13]==$te")
+  if ((${#built[@]} == 0)); then
+    say "building transformer_engine_torch $te, about ten minutes on two cores"
+    # As NVIDIA's own build, with the headers of the CUDA packages that torch has brought.
+    includes=("$venv"/lib/python3.12/site-packages/nvidia/*/include)
+    CPATH=$(IFS=: && echo "${includes[*]}") CUDA_HOME=$cuda NVTE_FRAMEWORK=pytorch \
+      MAX_JOBS=${MAX_JOBS:-2} pip wheel --no-deps --no-build-isolation --wheel-dir "$folder" \
+      "transformer_engine_torch==$te" || die 1 "the build failed, see above"
   fi
-  python=$venv/bin/python
-  if [[ $("$python" -c 'import torch; print(torch.__version__.split("+")[0])' 2>&1) != "$torch" ]]; then
-    [[ -z ${PRORES_BUILD_VENV:-} ]] || die 2 "PRORES_BUILD_VENV=$venv does not hold torch $torch"
-    say "getting torch $torch, to build against and to leave out: about 3 GB"
-    "$python" -m pip install --quiet --disable-pip-version-check "torch==$torch" numpy packaging \
-      setuptools wheel pybind11 ninja
-  fi
-}
+fi
 
-# As NVIDIA's own build, with the headers of the CUDA packages that torch has brought.
-build_te() {
-  local includes
-  say "building transformer_engine_torch $te, about ten minutes on two cores"
-  includes=$("$python" -c 'import glob, sysconfig
-print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/include")))')
-  CPATH=$includes CUDA_HOME=$cuda NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-2} \
-    "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-    --wheel-dir "$folder" "transformer_engine_torch==$te" >"$folder/build.log" 2>&1 || {
-    tail -n 15 "$folder/build.log" >&2
-    die 1 "the build failed, its last lines are above, all of them in $folder/build.log"
-  }
-  rm "$folder/build.log"
-}
-
-# Names what is needed beside torch and what torch has brought, with exact versions.
-resolve() {
-  local wanted=()
-  mapfile -t wanted < <("$python" -P "$repo/scripts/requirements.py" requirements)
-  [[ $te == none ]] || wanted+=("transformer_engine[pytorch,core_cu13]==$te")
-  "$python" -P "$repo/scripts/requirements.py" pins >"$scratch/constraints"
-  "$python" -m pip install --quiet --disable-pip-version-check --dry-run --report "$scratch/report" \
-    --only-binary :all: -f "$folder" --constraint "$scratch/constraints" "${wanted[@]}" ||
-    die 1 "pip finds no versions that get along with torch $torch, see above"
-  # What this environment has for the build only, that machine may lack.
-  "$python" - "$scratch/report" <<'PY'
-import json
-import sys
-from importlib.metadata import version
-
-report = json.load(open(sys.argv[1]))
-names = {each["metadata"]["name"]: each["metadata"]["version"] for each in report["install"]}
-names |= {name: version(name) for name in ("numpy", "packaging", "setuptools") if name not in names}
-for name, found in sorted(names.items()):
-    if name.replace("-", "_") != "transformer_engine_torch":  # built here, or brought along
-        print(f"{name}=={found}")
-PY
-}
-
-# download NAME==VERSION...: of each the wheel for Python 3.12 on any Linux of the last years.
-download() {
-  local platforms=() old
-  for old in _2_28 _2_27 _2_26 _2_24 _2_17 2014 _2_12 2010 _2_5 1; do
-    platforms+=(--platform "manylinux${old}_x86_64")
-  done
-  "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-    --implementation cp --python-version 3.12 "${platforms[@]}" -f "$folder" \
-    --dest "$folder" "$@"
-}
-
-make_venv
-if [[ $te != none && -z $built ]]; then build_te; fi
 # Whole again what an earlier start has cut: pip can only look into whole wheels.
 for first in "$folder"/*.whl.part-00; do
-  [[ -e $first ]] || continue
   cat "${first%00}"* >"${first%.part-00}"
   rm "${first%00}"*
 done
-resolve >"$scratch/names"
-mapfile -t names <"$scratch/names"
+mapfile -t names < <(
+  "$python" -P "$repo/scripts/requirements.py" collect "$folder" "${wanted[@]}"
+)
+((${#names[@]})) || die 1 "pip finds no versions that get along with torch $torch, see above"
 say "downloading ${#names[@]} packages"
-download "${names[@]}"
+# For Python 3.12 on any Linux of the last years.
+platforms=(--platform=manylinux{_2_28,_2_27,_2_26,_2_24,_2_17,2014,_2_12,2010,_2_5,1}_x86_64)
+pip download --no-deps --only-binary :all: --implementation cp --python-version 3.12 \
+  "${platforms[@]}" --find-links "$folder" --dest "$folder" "${names[@]}"
+
 printf '%s\n' "$torch" >"$folder/TORCH"
 (cd "$folder" && sha256sum -- *.whl >SHA256SUMS)
-while IFS= read -r -d '' large; do
-  split --bytes "${piece_mb}MB" --numeric-suffixes "$large" "$large.part-"
-  rm "$large"
-done < <(find "$folder" -maxdepth 1 -name '*.whl' -size "+${piece_mb}000000c" -print0)
+for wheel in "$folder"/*.whl; do
+  (($(stat --dereference --format %s "$wheel") > piece_mb * 1000000)) || continue
+  split --bytes "${piece_mb}MB" --numeric-suffixes "$wheel" "$wheel.part-"
+  rm "$wheel"
+done
 say "$(wc -l <"$folder/SHA256SUMS") wheels in $folder, $(du -sh "$folder" | cut -f 1);" \
   "there: bash scripts/install_wheels.sh ${folder##*/}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +12,17 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tests.distributed.launch import REPOSITORY, run_job, run_ranks
-from tests.wrong_invocations import MOCK, Row
+from tests.distributed.launch import REPOSITORY, fork, launcher_variables, run_job, run_ranks
+from tests.wrong_invocations import MAIN, MOCK, Row
 
 SECONDS = 30.0
 """The bound on every row, from the start of the program to the end of its last rank."""
@@ -138,24 +143,124 @@ def run_alone(row: Row, files: Path, cwd: Path) -> Ending:
     return Ending([result.returncode], result.stdout + result.stderr, time.monotonic() - start)
 
 
-def run_forked(row: Row, files: Path, cwd: Path, logs: Path) -> Ending:
-    """Runs a row of the main program on all its ranks, where Megatron is imported already."""
+def run_launched(row: Row, files: Path, cwd: Path, logs: Path) -> Ending:
+    """Starts all ranks of a row at once, from the fork server."""
     start = time.monotonic()
-    args = (
-        str(REPOSITORY / row.program),
-        command_line(row, files),
-        dict(row.environment),
-        str(cwd),
-    )
-    job = run_ranks(logs, _run_row, args, row.ranks, timeout=SECONDS + 10)
+    args = (row.program, command_line(row, files), dict(row.environment), str(cwd))
+    job = run_ranks(logs, _start_in, args, row.ranks, timeout=SECONDS + 10)
     return Ending(job.exit_codes, job.output, time.monotonic() - start)
 
 
-def _run_row(program: str, argv: list[str], environment: dict[str, str], cwd: str) -> None:
-    sys.argv = [program, *argv]
+def _start_in(program: str, argv: list[str], environment: dict[str, str], cwd: str) -> None:
     os.environ.update(environment)
     os.chdir(cwd)
-    runpy.run_path(program, run_name="__main__")
+    _run_program(program, argv)
+
+
+def _run_program(program: str, argv: list[str]) -> None:
+    sys.argv = [program, *argv]
+    if program.startswith("-m "):
+        runpy.run_module(program.removeprefix("-m "), run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+
+
+class OneProcess:
+    """A process that runs one row after the other, each as if it were the first.
+
+    The CPU device and Megatron are imported in it already. Ranks of a row take their turns: none
+    of them gets as far as to look for another. What does not end as a refusal may have left
+    anything behind, so that the process ends with it, and the next row gets a new one.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: Any = None
+        self._connection: Any = None
+
+    def run(self, row: Row, files: Path, cwd: Path) -> Ending:
+        """Runs a row, rank by rank."""
+        start = time.monotonic()
+        codes: list[int | None] = []
+        output = ""
+        for rank in range(row.ranks):
+            environment = dict(row.environment)
+            if row.program == MAIN:  # the others are started without a launcher
+                environment = launcher_variables(rank, row.ranks, port=29500) | environment
+            codes.append(self._ask(row.program, command_line(row, files), environment, str(cwd)))
+            output += self._log.read_text()
+        return Ending(codes, output, time.monotonic() - start)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+    def _ask(self, *request: Any) -> int | None:
+        if self._process is None:
+            self._process, self._connection = fork(_answer, str(self._log))
+        self._connection.send(request)
+        code = None
+        with contextlib.suppress(EOFError):
+            if self._connection.poll(SECONDS + 10):
+                code = self._connection.recv()
+        if code != 2:
+            self.close()
+        return code
+
+
+def _answer(requests: Connection, log: str) -> None:
+    """Runs the programs that are asked for, and answers with their exit codes."""
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
+    output = os.open(log, os.O_RDWR | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    with contextlib.suppress(EOFError):
+        while True:
+            program, argv, environment, cwd = requests.recv()
+            os.ftruncate(output, 0)
+            os.lseek(output, 0, os.SEEK_SET)
+            with _as_new(environment, cwd):
+                code = _exit_code(program, argv)
+            requests.send(code)
+
+
+def _exit_code(program: str, argv: list[str]) -> Any:
+    try:
+        _run_program(program, argv)
+    except SystemExit as end:
+        return end.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _as_new(environment: dict[str, str], cwd: str) -> Iterator[None]:
+    """Takes back afterwards what a program sets in its process before it trains."""
+    from megatron.training import global_vars
+
+    from megatron_prores.upstream.registry import undone_afterwards
+
+    before = dict(os.environ), os.getcwd(), sys.argv, list(sys.path)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    try:
+        with undone_afterwards():
+            yield
+    finally:
+        global_vars.unset_global_variables()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.environ.clear()
+        os.environ.update(before[0])
+        os.chdir(before[1])
+        sys.argv, sys.path[:] = before[2], before[3]
 
 
 def listing(*directories: Path) -> dict[str, str]:

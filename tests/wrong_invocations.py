@@ -2,10 +2,10 @@
 
 To extend it, add a row. Every row ends, on all ranks and within 30 s, with exit code 2 and one line
 on standard error that starts with "error: " and holds the row's words; without a traceback, and
-with nothing written or changed. tests/refusals.py makes the files that rows name and runs them;
-tests/unit/test_command_line.py runs the rows that are ``alone``, from the start of the program as a
-user starts it, tests/distributed/test_wrong_invocations.py those that a fork server can start,
-where Megatron is imported already.
+with nothing written or changed. tests/refusals.py makes the files that rows name, and runs them:
+those of FROM_OUTSIDE as a user starts them, in tests/unit/test_command_line.py, or with all ranks
+at once; the others one after the other in one process. Both of the latter are in
+tests/distributed/test_wrong_invocations.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAIN = "pretrain_gpt_prores.py"
 PREPROCESS = "tools/preprocess_data.py"
 CHECKPOINT = "tools/checkpoint.py"
 DOCTOR = "-m megatron_prores.doctor"
-FP8_STUDY = "tools/fp8_study.py"
+BENCHMARK = "-m studies.benchmark"
 
 # "{w}" is the directory with the prepared files.
 _SIZE = """
@@ -55,13 +55,6 @@ class Row:
     ranks: int = 1
     without: tuple[str, ...] = ()
     """Flags, each with one value, that are taken out of ``argv`` again."""
-    alone: bool = False
-    """Runs as a process of its own, also where the fork server could run it."""
-
-    @property
-    def starts_alone(self) -> bool:
-        # The other tools do without torch, or find the error before they import it.
-        return self.alone or self.program not in (MAIN, PREPROCESS, CHECKPOINT)
 
     def __str__(self) -> str:
         return self.name
@@ -70,7 +63,7 @@ class Row:
 # Flags of ours. They are read before Megatron is imported.
 _PRORES = (
     Row("unknown schedule", f"{MOCK} --prores-schedule cosine",
-        ("--prores-schedule cosine", "linear"), alone=True),
+        ("--prores-schedule cosine", "linear")),
     Row("empty schedule", f"{MOCK} --prores-schedule=", ("--prores-schedule", "no such schedule")),
     Row("schedule file that is not there", f"{MOCK} --prores-schedule file:/nowhere/alpha.csv",
         ("--prores-schedule file:/nowhere/alpha.csv", "No such file")),
@@ -143,7 +136,7 @@ _PRORES = (
 
 _DEVICE = (
     Row("no GPU and no --device cpu", f"{MOCK} --device cuda", ("no CUDA GPU", "--device cpu"),
-        environment={"CUDA_VISIBLE_DEVICES": ""}, alone=True),
+        environment={"CUDA_VISIBLE_DEVICES": ""}),
     Row("unknown device", f"{MOCK} --device tpu", ("--device tpu", "cuda, cpu"), ranks=2),
     Row("context parallelism on the CPU", f"{MOCK} --context-parallel-size 2",
         ("--context-parallel-size", "--device cpu"), ranks=2),
@@ -164,7 +157,7 @@ _DEVICE = (
 _DATA = (
     Row("no data at all", f"{CPU} {_NULL}", ("no data", "--data-path")),
     Row("data that is not there", f"{TEXT} --data-path /nowhere/text_document",
-        ("--data-path /nowhere/text_document", ".bin"), alone=True),
+        ("--data-path /nowhere/text_document", ".bin")),
     Row("data with its ending", f"{TEXT} --data-path {{w}}/good.bin", ("--data-path", ".bin")),
     Row("data without its .idx", f"{TEXT} --data-path {{w}}/no_idx", ("no_idx.idx",)),
     Row("data without its .bin", f"{TEXT} --data-path {{w}}/no_bin", ("no_bin.bin",)),
@@ -236,16 +229,16 @@ _TOKENIZER = (
 )  # fmt: skip
 
 _ENVIRONMENT = (
-    Row("rank without world size", MOCK, ("WORLD_SIZE", "RANK"), environment={"RANK": "1"},
-        alone=True),
+    Row("rank without world size", MOCK, ("WORLD_SIZE", "RANK"),
+        environment={"RANK": "1", "WORLD_SIZE": ""}),
     Row("world size that is no number", MOCK, ("WORLD_SIZE", "two"),
-        environment={"WORLD_SIZE": "two"}, alone=True),
+        environment={"WORLD_SIZE": "two"}),
     Row("world size of nothing", MOCK, ("RANK=0", "WORLD_SIZE=0"),
         environment={"WORLD_SIZE": "0"}),
     Row("rank that is no number", MOCK, ("RANK", "first"), environment={"RANK": "first"}),
     Row("rank beyond the world", MOCK, ("RANK", "7"), environment={"RANK": "7"}),
     Row("local rank that is no number", MOCK, ("LOCAL_RANK", "x"),
-        environment={"LOCAL_RANK": "x"}, alone=True),
+        environment={"LOCAL_RANK": "x"}),
     Row("world size without an address", MOCK, ("MASTER_ADDR", "torchrun"),
         environment={"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}),
     Row("port that is no number", MOCK, ("MASTER_PORT", "http"),
@@ -254,7 +247,7 @@ _ENVIRONMENT = (
 
 _LAYOUT = (
     Row("more tensor ranks than ranks", f"{MOCK} --tensor-model-parallel-size 2",
-        ("Megatron refuses", "world size"), alone=True),
+        ("Megatron refuses", "world size")),
     Row("world that does not fit the layout",
         f"{MOCK} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
         ("world size (2)", "total_model_size"), ranks=2),
@@ -531,15 +524,8 @@ _FLAGS = tuple(
     )
 )  # fmt: skip
 
-_BEFORE_MEGATRON = (
-    "no input",
-    "unknown flag",
-    "input not there",
-    "no workers",
-    "tokenizer unknown",
-)
 _PREPROCESS = tuple(
-    Row(f"preprocess: {name}", argv, words, PREPROCESS, alone=name in _BEFORE_MEGATRON)
+    Row(f"preprocess: {name}", argv, words, PREPROCESS)
     for name, argv, words in (
         ("no input", f"--output-prefix out {_NULL}", ("--input",)),
         ("unknown flag", f"{TOKENIZE} --shuffle", ("--shuffle",)),
@@ -598,40 +584,9 @@ _OTHER_TOOLS = (
         ("no TensorBoard event files",), "tools/plot_run.py"),
     Row("plot run: output no picture", "--tensorboard-dir {w} --output run.gif",
         ("--output run.gif", ".png"), "tools/plot_run.py"),
-    Row("fp8 study: no output", "--device cpu", ("--output-dir",), FP8_STUDY),
-    Row("fp8 study: unknown device", "--device tpu --output-dir out", ("--device tpu", "cuda"),
-        FP8_STUDY),
-    Row("fp8 study: unknown recipe", "--device cpu --output-dir out --recipes bf16,fp4",
-        ("--recipes fp4", "tensorwise"), FP8_STUDY),
-    Row("fp8 study: nothing to compare with",
-        "--device cpu --output-dir out --recipes delayed,mxfp8",
-        ("--recipes delayed,mxfp8", "bf16 is missing"), FP8_STUDY),
-    Row("fp8 study: unknown placement", "--device cpu --output-dir out --placements peri",
-        ("--placements peri", "sandwich"), FP8_STUDY),
-    Row("fp8 study: unknown schedule", "--device cpu --output-dir out --schedules cosine",
-        ("--schedules cosine", "linear"), FP8_STUDY),
-    Row("fp8 study: schedule file that is not there",
-        "--device cpu --output-dir out --schedules file:/nowhere/alpha.csv",
-        ("file:/nowhere/alpha.csv", "No such file"), FP8_STUDY),
-    Row("fp8 study: no steps", "--device cpu --output-dir out --steps 0", ("--steps 0",),
-        FP8_STUDY),
-    Row("fp8 study: odd width", "--device cpu --output-dir out --hidden-size 100",
-        ("--hidden-size 100", "multiple of 64"), FP8_STUDY),
-    Row("fp8 study: seed in words", "--device cpu --output-dir out --seeds one", ("--seeds one",),
-        FP8_STUDY),
-    Row("fp8 study: step in words", "--device cpu --output-dir out --recorded-steps 1,x",
-        ("--recorded-steps 1,x",), FP8_STUDY),
-    Row("fp8 study: name with a folder", "--device cpu --output-dir out --name a/b",
-        ("--name a/b",), FP8_STUDY),
-    Row("fp8 study: output is a file", "--device cpu --output-dir {w}/text.jsonl",
-        ("--output-dir", "text.jsonl", "not a folder"), FP8_STUDY),
-    Row("fp8 study: output below a file", "--device cpu --output-dir {w}/text.jsonl/study",
-        ("--output-dir", "text.jsonl/study"), FP8_STUDY),
-    Row("fp8 study: no GPU", "--output-dir out", ("--device cuda", "--device cpu"), FP8_STUDY),
     Row("checkpoint: no command", "", ("command",), CHECKPOINT),
     Row("checkpoint: unknown command", "repair {w}", ("repair", "verify"), CHECKPOINT),
-    Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT,
-        alone=True),
+    Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT),
     Row("checkpoint: none in it", "verify {w}/folder.csv", ("folder.csv",), CHECKPOINT),
     Row("checkpoint: a file", "list {w}/text.jsonl", ("text.jsonl",), CHECKPOINT),
     Row("checkpoint: one to compare", "diff {w}", ("B",), CHECKPOINT),
@@ -640,44 +595,13 @@ _OTHER_TOOLS = (
     Row("doctor: unknown flag", "--fix", ("--fix",), DOCTOR),
     Row("doctor: checkpoints into a file", "--save {w}/text.jsonl", ("--save", "text.jsonl"),
         DOCTOR),
-    Row("benchmark: unknown size", "--device cpu --size huge", ("--size huge", "laptop"),
-        "tools/benchmark.py"),
-    Row("benchmark: no repetitions", "--device cpu --repetitions 0", ("--repetitions 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: unknown placement", "--device cpu --placements pre,peri",
-        ("--placements peri", "sandwich"), "tools/benchmark.py"),
-    Row("benchmark: output nowhere", "--device cpu --output /nowhere/figures.json",
-        ("--output /nowhere/figures.json",), "tools/benchmark.py"),
-    Row("benchmark: unknown suite", "--suite speed", ("--suite speed", "placements"),
-        "tools/benchmark.py"),
-    Row("benchmark: no GPU", "--device cuda --quick", ("no CUDA GPU", "--device cpu"),
-        "tools/benchmark.py", environment={"CUDA_VISIBLE_DEVICES": ""}),
-    Row("benchmark: size that was not published", "--sizes 130M,13B", ("--sizes 13B", "1.3B"),
-        "tools/benchmark.py"),
-    Row("benchmark: no sizes", "--sizes=", ("--sizes", "1.3B"), "tools/benchmark.py"),
-    Row("benchmark: unknown precision", "--precisions bf16,fp4", ("--precisions fp4", "fp8"),
-        "tools/benchmark.py"),
-    Row("benchmark: FP8 on the CPU", "--suite sizes --device cpu --precisions fp8",
-        ("--precisions fp8", "--device cpu"), "tools/benchmark.py"),
-    Row("benchmark: unknown recipe", "--fp8-recipe nvfp4", ("--fp8-recipe nvfp4", "tensorwise"),
-        "tools/benchmark.py"),
-    Row("benchmark: no time", "--time-budget-minutes 0", ("--time-budget-minutes 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: peak that is none", "--peak-tflops nan", ("--peak-tflops nan",),
-        "tools/benchmark.py"),
-    Row("benchmark: memory of nothing", "--memory-gib=-1", ("--memory-gib -1",),
-        "tools/benchmark.py"),
-    Row("benchmark: less memory than a layer",
-        "--suite sizes --device cpu --sizes 7B --memory-gib 1",
-        ("--sizes 7B", "not even one layer", "1.0 GiB"), "tools/benchmark.py"),
-    Row("benchmark: blocks of no time", "--block-seconds 0", ("--block-seconds 0",),
-        "tools/benchmark.py"),
-    Row("benchmark: no rounds", "--rounds 0", ("--rounds 0",), "tools/benchmark.py"),
-    Row("benchmark: sequences that are no micro-batches", "--sizes 130M --sequences 48",
-        ("--sequences 48", "32"), "tools/benchmark.py"),
+    # The others are in tests/unit/test_benchmark.py.
+    Row("benchmark: no GPU", "--device cuda", ("no CUDA GPU", "--device cpu"), BENCHMARK,
+        environment={"CUDA_VISIBLE_DEVICES": ""}),
+    Row("benchmark: unknown case", "--cases 130M-bf16,13B-bf16",
+        ("--cases 13B-bf16", "1.3B-bf16"), BENCHMARK),
     Row("benchmark: output that is a file", "--output {w}/text.jsonl", ("--output", "text.jsonl"),
-        "tools/benchmark.py"),
-    Row("benchmark: fresh with a value", "--fresh yes", ("yes",), "tools/benchmark.py"),
+        BENCHMARK),
 )  # fmt: skip
 
 _PLAN = tuple(
@@ -714,3 +638,20 @@ ROWS = (
     *_PRORES, *_DEVICE, *_DATA, *_TOKENIZER, *_ENVIRONMENT, *_LAYOUT, *_MODEL, *_TRAINING,
     *_CHECKPOINT, *_FLAGS, *_PREPROCESS, *_TRAIN_TOKENIZER, *_OTHER_TOOLS, *_PLAN,
 )  # fmt: skip
+
+FROM_OUTSIDE = (
+    # Of our flags, the environment and the device, before Megatron is imported.
+    *("unknown schedule", "world size that is no number", "no GPU and no --device cpu"),
+    # Before Megatron's validation, and by it.
+    *("data that is not there", "more tensor ranks than ranks"),
+    # The same stages on several ranks; and what comes between validation and the first writing.
+    *("negative warmup", "truncated .bin", "layers that do not divide"),
+    *("layout with a rank that has nothing", "tokenizer smaller than the data's"),
+    *("save below a file", "checkpoint with its common part cut"),
+    *("checkpoint of another hidden size", "checkpoint of another warmup"),
+    # Each tool once; the benchmark asks for a GPU, which a CPU plays elsewhere.
+    *("preprocess: no input", "train tokenizer: input not there", "build corpus: no output"),
+    *("plot run: no logs there", "benchmark: no GPU"),
+    *("checkpoint: nothing there", "doctor: unknown need", "plan: no world size"),
+)  # fmt: skip
+"""Names of rows that are started as whole programs."""

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Lists, verifies and compares checkpoints."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
 from megatron_prores.checkpoint.tool import main
 from megatron_prores.errors import run_program

@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Score checkpoints with lm-evaluation-harness."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
 from megatron_prores.errors import run_program
 from megatron_prores.evaluation.harness import main

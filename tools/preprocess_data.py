@@ -1,10 +1,7 @@
 #!/usr/bin/env python3
 """Turns JSON lines into Megatron's indexed dataset."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
 from megatron_prores.data.preprocess import main
 from megatron_prores.errors import run_program

@@ -31,6 +31,7 @@ from megatron_prores.checkpoint.reader import (
 )
 from megatron_prores.checkpoint.saving import REMOTE, cause_of
 from megatron_prores.checkpoint.verify import newest_intact, surface_damage
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.upstream.registry import wrap
 
@@ -61,7 +62,7 @@ def install() -> None:
     wrap(training, "maybe_finalize_async_save", (), saving.report_failure)
 
 
-def check_paths(args: Any) -> None:
+def check_paths(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
     """Refuse a run whose checkpoint to load is damaged, or whose ``--save`` cannot be written.
 
     To be called before anything of the checkpoint is read. Sees what can be seen without reading
@@ -69,12 +70,13 @@ def check_paths(args: Any) -> None:
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the file, and the newest intact checkpoint with the flag that loads it.
     """
     if args.save is not None and not args.save.startswith(REMOTE):
-        _check_writable(Path(args.save))
+        target.check_writable("--save", args.save)
     for flag, root in (
         ("--load", args.load),
         ("--pretrained-checkpoint", args.pretrained_checkpoint),
@@ -87,7 +89,9 @@ def check_paths(args: Any) -> None:
             damage = surface_damage(directory) if directory is not None else []
         except DamagedError as error:
             damage = [str(error)]
-        if damage:
+        if damage and target.is_elsewhere(root):
+            target.note(f"{root}: not here; no checkpoint was looked at")
+        elif damage:
             _stop_alone(f"{flag} {root}", Path(root), directory, damage)
         if directory is not None:
             return
@@ -130,14 +134,6 @@ def _is_finished(directory: Path) -> bool:
         return not hasattr(StoredCheckpoint(directory).args, "prores_schedule")
     except DamagedError:
         return True
-
-
-def _check_writable(path: Path) -> None:
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise UserError(f"--save {path}: {nearest} is not a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--save {path}: {nearest} cannot be written to")
 
 
 def _verdict(flag: str, root: Path, directory: Path | None, damage: list[str]) -> str:
@@ -209,7 +205,7 @@ _verified: set[Path] = set()
 
 
 def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
-    """Around ``_load_base_checkpoint``: verifies first, then says clearly what cannot be read."""
+    """Verify a checkpoint before it is loaded, and say in one line what cannot be read."""
     args, root = named["args"], named["load_dir"]
     if root is None or root.startswith(REMOTE):
         return stock()

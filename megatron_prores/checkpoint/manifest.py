@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prores.files import atomic_write
+
 NAME = "integrity.json"
 _ALGORITHM = "sha256"
 _THREADS = 8
@@ -51,6 +53,18 @@ def digest(path: Path) -> Entry:
         return Entry(os.fstat(file.fileno()).st_size, sha256)
 
 
+def digests(directory: Path, names: Iterable[str]) -> Manifest:
+    """Read files to their end, in parallel.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(digest, (directory / name for name in names))
+        return dict(zip(names, found, strict=True))
+
+
 def file_names(directory: Path) -> list[str]:
     """List the files that belong into a manifest."""
     return sorted(
@@ -60,27 +74,23 @@ def file_names(directory: Path) -> list[str]:
     )
 
 
-def write(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest of a finished checkpoint; all of it or nothing.
+def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
+    """Write the manifest of a finished checkpoint, or a part of it; all of it or nothing.
 
     Raises:
         OSError: It cannot be written.
     """
     content = {
         "algorithm": _ALGORITHM,
-        "files": {name: manifest[name].sha256 for name in sorted(manifest)},
-        "sizes": {name: manifest[name].size for name in sorted(manifest)},
+        "files": {file: manifest[file].sha256 for file in sorted(manifest)},
+        "sizes": {file: manifest[file].size for file in sorted(manifest)},
     }
-    staged = directory / f"{NAME}.tmp"
-    with staged.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, directory / NAME)
+    with atomic_write(directory / name) as output:
+        json.dump(content, output, indent=2)
 
 
-def read(directory: Path) -> Manifest | None:
-    """Read a checkpoint's manifest.
+def read(directory: Path, name: str = NAME) -> Manifest | None:
+    """Read a checkpoint's manifest, or a part of it.
 
     Returns:
         None where there is none, as in checkpoints that stock Megatron saved.
@@ -88,24 +98,23 @@ def read(directory: Path) -> Manifest | None:
     Raises:
         DamagedError: It is there and cannot be read.
     """
-    path = directory / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads((directory / name).read_bytes())
         sizes = content.get("sizes", {})
         if content["algorithm"] != _ALGORITHM or not isinstance(sizes, dict):
             raise ValueError
         manifest = {
-            name: Entry(sizes.get(name), sha256) for name, sha256 in content["files"].items()
+            file: Entry(sizes.get(file), sha256) for file, sha256 in content["files"].items()
         }
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from error
+        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{NAME} is not a manifest") from error
-    if not manifest or any(Path(name).name != name for name in manifest):
+        raise DamagedError(f"{name} is not a manifest") from error
+    if not manifest or any(Path(file).name != file for file in manifest):
         # Names only: nothing outside of the checkpoint is opened.
-        raise DamagedError(f"{NAME} is not a manifest")
+        raise DamagedError(f"{name} is not a manifest")
     return manifest
 
 

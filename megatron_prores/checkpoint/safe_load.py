@@ -26,6 +26,8 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_prores.upstream.registry import replace
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -202,9 +204,12 @@ def install() -> None:
     reader = filesystem.FileSystemReader.read_metadata
     if not {"pickle", "load"} <= set(reader.__code__.co_names):
         raise RuntimeError(_moved("FileSystemReader.read_metadata", "has no pickle.load"))
-    # Only this module's name for pickle; it writes with it as well.
-    safe = types.SimpleNamespace(**{**vars(pickle), "load": load_index})
-    vars(filesystem)["pickle"] = safe
+    replace(filesystem, install, pickle=pickle_with(load=load_index))
+
+
+def pickle_with(**functions: Callable[..., Any]) -> types.SimpleNamespace:
+    """Return what can take the place of a module's name ``pickle``, with other functions in it."""
+    return types.SimpleNamespace(**{**vars(pickle), **functions})
 
 
 def _moved(what: str, how: str) -> str:

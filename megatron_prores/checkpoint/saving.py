@@ -1,11 +1,13 @@
-"""Around Megatron's saving: a manifest with every checkpoint, and clear words where it fails."""
+"""Around Megatron's saving: a manifest with every checkpoint, and one clear line where it fails."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,53 @@ _TRACKER_SECONDS = 30.0
 """How long the last rank waits for rank 0's tracker file; file servers show it to others late."""
 
 
+def save(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """Write a manifest with every checkpoint, once all of its files are written."""
+    if str(named["checkpoint_dir"]).startswith(REMOTE):
+        return stock()
+    directory = Path(str(named["checkpoint_dir"]))
+    # Megatron's own manifest has the same name and no sizes, and one rank reads all files for it.
+    request = stock(verify_integrity=False)
+    if request is None:
+        write_together(directory)
+        return None
+    rank = torch.distributed.get_rank()
+    (directory / _part(rank)).unlink(missing_ok=True)  # of an earlier saving that was interrupted
+    if request.async_fn is not None:
+        request = request._replace(
+            async_fn=partial(write_and_hash, request.async_fn, directory, rank)
+        )
+    # Before the tracker file, whose writing is added after this returns.
+    request.add_finalize_fn(lambda: write_together(directory))
+    return request
+
+
+def write_and_hash(
+    write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any
+) -> None:
+    """Write this rank's files of a checkpoint, and then their part of the manifest.
+
+    For ``--async-save``: it runs in the process that writes, beside training. What cannot be hashed
+    here is hashed when the manifest is put together.
+
+    Args:
+        write: Megatron's function that writes them.
+        directory: Of one iteration.
+        rank: The rank of the training process.
+        *args: For ``write``.
+        **kwargs: For ``write``.
+    """
+    write(*args, **kwargs)
+    # An exception would end this process, and training would wait for it in vain.
+    with contextlib.suppress(Exception):
+        names = [name for name in manifest.file_names(directory) if _writer(name) == rank]
+        manifest.write(directory, manifest.digests(directory, names), _part(rank))
+
+
 def write_together(directory: Path) -> None:
-    """Write the manifest of a checkpoint, each rank hashing its own files. Collective.
+    """Write the manifest of a checkpoint, each rank hashing those of its files that are not yet.
+
+    Collective over all ranks.
 
     Args:
         directory: Of one iteration, with all files written.
@@ -34,18 +81,15 @@ def write_together(directory: Path) -> None:
         OSError: On every rank, when any cannot read its files or the manifest cannot be written.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def owner(name: str) -> int:
-        # A rank's own files are in its node's cache.
-        match = re.match(r"__(\d+)_", name)
-        return int(match[1]) if match and int(match[1]) < ranks else 0
-
     entries: Manifest = {}
     problem = ""
     try:
-        for name in manifest.file_names(directory):
-            if owner(name) == rank:
-                entries[name] = manifest.digest(directory / name)
+        with contextlib.suppress(DamagedError):
+            entries = manifest.read(directory, _part(rank)) or {}
+        # Files of no rank, and of an earlier saving by more ranks, are rank 0's.
+        owners = {name: _writer(name) for name in manifest.file_names(directory)}
+        mine = [name for name, owner in owners.items() if (owner if owner < ranks else 0) == rank]
+        entries |= manifest.digests(directory, [name for name in mine if name not in entries])
     except OSError as error:
         problem = str(error)
     shares: list[tuple[Manifest, str]] = [({}, "")] * ranks
@@ -54,6 +98,8 @@ def write_together(directory: Path) -> None:
     if rank == 0 and not problem:
         try:
             manifest.write(directory, {name: e for part, _ in shares for name, e in part.items()})
+            for part in directory.glob(f"{_part('*')}*"):
+                part.unlink(missing_ok=True)
         except OSError as error:
             problem = str(error)
     outcome = [problem]
@@ -62,26 +108,25 @@ def write_together(directory: Path) -> None:
         raise OSError(outcome[0])
 
 
-def save(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
-    """Around ``dist_checkpointing.save``: adds the manifest once all files are written."""
-    if str(named["checkpoint_dir"]).startswith(REMOTE):
-        return stock()
-    directory = Path(str(named["checkpoint_dir"]))
-    # Megatron's own manifest has the same name and no sizes, and one rank reads all files for it.
-    request = stock(verify_integrity=False)
-    if request is None:
-        write_together(directory)
-    else:
-        # Before the tracker file, whose writing is added after this returns.
-        request.add_finalize_fn(lambda: write_together(directory))
-    return request
+def _part(rank: int | str) -> str:
+    """Name the file with a rank's part of the manifest; as a temporary one it is in no manifest."""
+    return f".{rank}.{manifest.NAME}.tmp"
+
+
+def _writer(name: str) -> int:
+    """Return the rank that wrote a file, which is in its node's cache; rank 0 for the index."""
+    match = re.match(r"__(\d+)_", name)
+    return int(match[1]) if match else 0
 
 
 def keep_reason(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
-    """Around ``FileSystemWriterAsync.write_preloaded_data``, which gives (worker, its failure).
+    """Keep the reason why a file could not be written.
 
-    Upstream passes on no more of a failure than the name of its class, as text. So it gets a class
+    Megatron passes on no more of a failure than the name of its class, as text. So it gets a class
     with the reason for its name.
+
+    Returns:
+        As ``FileSystemWriterAsync.write_preloaded_data``: the worker, and its results or failure.
     """
     worker, outcome = stock()
     if isinstance(outcome, Exception):
@@ -94,7 +139,7 @@ def keep_reason(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
 
 
 def report_failure(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
-    """Around Megatron's saving: a full disk or the like ends the run in clear words."""
+    """End the run with one clear line where a checkpoint cannot be saved, as on a full disk."""
     try:
         return stock()
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -120,11 +165,11 @@ def report_failure(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
 
 
 def tell_wandb(stock: Callable[..., Any], named: dict[str, Any]) -> None:
-    """Around Megatron's note of a checkpoint in W&B, an artifact that holds the tracker file.
+    """Wait for the tracker file before W&B takes note of a checkpoint by it.
 
-    The last rank makes it while rank 0 writes that file: without waiting, the first checkpoint of a
-    run may end it because the file is not there, and a later note may name the checkpoint before.
-    A checkpoint is saved whether or not W&B takes note of it, so a failure does not end the run.
+    The last rank makes that note while rank 0 writes the file: without waiting, the first
+    checkpoint of a run may end it because the file is not there, and a later note may name the
+    checkpoint before. A failure of W&B does not end the run: the checkpoint is saved.
     """
     from megatron.training.global_vars import get_wandb_writer
 

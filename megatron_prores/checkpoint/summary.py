@@ -9,9 +9,11 @@ from typing import Any
 
 from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import StoredCheckpoint, is_distributed
+from megatron_prores.checkpoint.settings import by_name
 from megatron_prores.checkpoint.verify import surface_damage
-from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.errors import UserError
+from megatron_prores.config import OFF
+from megatron_prores.errors import ArgumentError
+from megatron_prores.flags import FLAGS, as_flag, config_of
 from megatron_prores.schedule.custom import FILE, is_custom
 
 _SIZES = {
@@ -106,8 +108,8 @@ def warmup_of(args: Namespace, iteration: int) -> Warmup:
     """
     if not hasattr(args, "prores_schedule"):
         return Warmup(settings={"--prores-schedule": OFF}, note="saved by stock Megatron")
-    settings = dict(getattr(args, "prores_settings", {"--prores-schedule": args.prores_schedule}))
-    warmup = Warmup(settings=settings)
+    settings = by_name(getattr(args, "prores_settings", {"schedule": args.prores_schedule}))
+    warmup = Warmup(settings={FLAGS.get(name, name): value for name, value in settings.items()})
     schedule = str(args.prores_schedule)
     if schedule == OFF:
         warmup.note = "no warmup: every layer is fully open"
@@ -116,7 +118,7 @@ def warmup_of(args: Namespace, iteration: int) -> Warmup:
         warmup.note = f"alpha is not shown: the code of {schedule} is not run for it"
     else:
         try:
-            config = ProResConfig.from_args(args)
+            config = config_of(args)
             if config.settings(args.num_layers) != settings:
                 warmup.note = f"alpha is not shown: {schedule} is not the file of that run any more"
                 return warmup
@@ -125,9 +127,10 @@ def warmup_of(args: Namespace, iteration: int) -> Warmup:
             warmup.step = samples if config.unit == "samples" else iteration
             warmup.alphas = config.alphas(warmup.step, args.num_layers).tolist()
             warmup.opens_at = config.opening_steps(args.num_layers)
-        except (UserError, AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             warmup.alphas = None
-            warmup.note = f"alpha is not shown: {error}"
+            told = error.message(as_flag) if isinstance(error, ArgumentError) else error
+            warmup.note = f"alpha is not shown: {told}"
     return warmup
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from megatron_prores.checkpoint import safe_load
 from megatron_prores.checkpoint.reader import INDEX
 from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.environment import is_installed
-from megatron_prores.upstream.registry import wrap
+from megatron_prores.upstream.registry import replace, wrap
 
 _SUFFIX = "_extra_state"
 
@@ -76,7 +74,7 @@ def drop_absent_states(requested: Any, saved: Any) -> list[str]:
 
 
 def _load(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
-    """Around ``TorchDistLoadShardedStrategy.load``."""
+    """Load a checkpoint that lacks states of Transformer Engine: its modules start anew."""
     directory = str(named["checkpoint_dir"])
     if directory.startswith(REMOTE):
         return stock()
@@ -104,12 +102,11 @@ def install() -> None:
 
 
 def _read_states_safely() -> None:
+    """Let Transformer Engine's modules read their state by Megatron's restricted unpickler."""
     from transformer_engine.pytorch.module import base
     from transformer_engine.pytorch.ops import op
 
-    # These modules' name for pickle alone; they write with it as well.
-    safe = types.SimpleNamespace(**{**vars(pickle), "loads": load_state})
     for module in (base, op):
-        vars(module)["pickle"] = safe
+        replace(module, _read_states_safely, pickle=safe_load.pickle_with(loads=load_state))
     # It asks whether pickle may be used before it calls what is now load_state.
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"

@@ -29,7 +29,6 @@ _CHECKPOINT_HELP = "What --save named, or the directory of one iteration in it."
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="checkpoint.py",
         description="Lists, verifies and compares checkpoints. Needs no GPU, executes nothing that "
         "a checkpoint holds, and changes nothing.",
     )

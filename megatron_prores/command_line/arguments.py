@@ -19,7 +19,9 @@ from megatron_prores.config import (
     OFF,
     ProResConfig,
 )
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import TRACEBACK, Parser, UserError
+from megatron_prores.flags import config_of, told_in_flags
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
 
@@ -141,9 +143,19 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
             "--yaml-cfg cannot be used with pretrain_gpt_prores.py: give the options as flags"
         )
     check_device(args.device)
-    config = ProResConfig.from_args(args)
-    if args.num_layers is not None and args.num_layers >= 1:
-        config.check_layers(args.num_layers)
+    had_megatron = "megatron.core" in sys.modules
+    with told_in_flags():
+        config = config_of(args)
+        config.load()
+        if args.num_layers is not None and args.num_layers >= 1:
+            config.check_layers(args.num_layers)
+    if "megatron.core" in sys.modules and not had_megatron:
+        # --device cpu has to be in place first.
+        module = config.schedule.partition(":")[0]
+        raise UserError(
+            f"--prores-schedule {config.schedule}: importing {module} imports Megatron, which is "
+            "too early: put the function into a module that does not"
+        )
     return config, args.device
 
 
@@ -155,7 +167,9 @@ def explicit_prores_flags(argv: Sequence[str]) -> set[str]:
     return set(vars(parser.parse_known_args(argv)[0]))
 
 
-def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
+def parse_args(
+    device: str, target: TargetEnvironment = THIS_MACHINE
+) -> tuple[argparse.Namespace, ProResConfig]:
     """Parse and validate the whole command line with Megatron's own parser.
 
     Sets Megatron's global arguments, tokenizer, and writers, as a side effect of upstream's
@@ -163,6 +177,7 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
 
     Args:
         device: "cuda" or "cpu", as :func:`read_prores_flags` gave it; the CPU has other defaults.
+        target: The machine of the run, which the checks ask.
 
     Returns:
         Megatron's arguments, and the ProRes configuration, agreed with the checkpoint to load.
@@ -194,16 +209,18 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         args = arguments.parse_args(provider)
     except RuntimeError as error:  # --enable-msc without its package
         raise UserError(upstream_words(error)) from error
-    check_paths(args)
+    check_paths(args, target)
     saved = saved_run.find_saved_run(args)
     restored = saved_run.restore_flags(args, saved, explicit_prores_flags(sys.argv[1:]))
-    prores = ProResConfig.from_args(args)
-    check_flags(args, prores)
-    check_files(args)
+    with told_in_flags():
+        prores = config_of(args)
+        prores.load()
+    check_flags(args, prores, target)
+    check_files(args, target)
     saved_run.check_agreement(args, prores, saved)
     datasets = [] if args.mock_data else data_prefixes(args)
     try:
-        with setup_checks.around_setup(prores, datasets, saved, upstream_words):
+        with setup_checks.around_setup(prores, datasets, saved, upstream_words, target):
             args = arguments.parse_and_validate_args(provider)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         if (path := args.heterogeneous_layers_config_path) is None:
@@ -218,7 +235,8 @@ def parse_args(device: str) -> tuple[argparse.Namespace, ProResConfig]:
         # With exit code 0; rank 0 has printed why.
         raise UserError("Megatron ended the run at these flags, with the words above") from error
     vars(args).update(restored)
-    prores.check_layers(args.num_layers)
+    with told_in_flags():
+        prores.check_layers(args.num_layers)
     # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
     args.prores_settings = prores.settings(args.num_layers)
     return args, prores

@@ -9,6 +9,7 @@ from megatron_prores.command_line.never import FAILS_IN_MEGATRON, NEVER
 from megatron_prores.command_line.precision import check_fp8_hardware, check_graphs
 from megatron_prores.command_line.resiliency import check_resiliency
 from megatron_prores.command_line.rules import (
+    NEEDS_PACKAGE,
     NOT_WITH_DEEPNORM_INIT,
     NOT_WITH_NORM_BEHIND_THE_SUM,
     NOT_WITH_OWN_INIT,
@@ -19,17 +20,18 @@ from megatron_prores.command_line.rules import (
 )
 from megatron_prores.command_line.values import check_numbers, check_training
 from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.environment import is_installed
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 
 
-def check_flags(args: Any, prores: ProResConfig) -> None:
+def check_flags(args: Any, prores: ProResConfig, target: TargetEnvironment = THIS_MACHINE) -> None:
     """Refuse flags that cannot work together with ProRes, on this device, or in this program.
 
     Args:
         args: Parsed, not yet validated by Megatron.
         prores: The ProRes configuration of the same command line.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the flag, and why.
@@ -40,23 +42,17 @@ def check_flags(args: Any, prores: ProResConfig) -> None:
     check_numbers(args)
     check_training(args)
     _check_async_save(args)
-    check_resiliency(args)
+    check_resiliency(args, target)
     check_document_mask(args)
     if args.device == "cpu":
         from megatron_prores.command_line.cpu import NOT_ON_CPU
 
         _refuse(args, NOT_ON_CPU, "cannot be used with --device cpu")
-    elif args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
-        raise UserError(
-            "--transformer-impl transformer_engine (the default) needs Transformer Engine, which "
-            "is not installed: install megatron-prores[te], or use --transformer-impl local"
-        )
     if args.transformer_impl == "local":
         _refuse(args, ONLY_WITH_TRANSFORMER_ENGINE, "cannot be used with --transformer-impl local")
-    if args.device == "cuda" and args.gradient_accumulation_fusion:
-        _check_gradient_accumulation_fusion()
+    check_packages(args, target)
     check_graphs(args)
-    check_fp8_hardware(args)
+    check_fp8_hardware(args, target)
 
 
 def check_layers(args: Any, prores: ProResConfig) -> None:
@@ -83,15 +79,20 @@ def check_layers(args: Any, prores: ProResConfig) -> None:
         _refuse(args, NOT_WITH_OWN_LAYER, verdict)
 
 
-def _check_gradient_accumulation_fusion() -> None:
-    # Also with Transformer Engine: the output head is Megatron's own linear, which ends the run
-    # when the model is built.
-    if not is_installed("fused_weight_gradient_mlp_cuda"):
-        raise UserError(
-            "gradient accumulation fusion (Megatron's default) needs Apex's "
-            "fused_weight_gradient_mlp_cuda, which is not installed: give "
-            "--no-gradient-accumulation-fusion"
-        )
+def check_packages(args: Any, target: TargetEnvironment) -> None:
+    """Refuse flags that need a package which the target machine does not have.
+
+    Args:
+        args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
+
+    Raises:
+        UserError: Names the flag, the package, and what to do without it.
+    """
+    for flag, is_given, module, package, instead in NEEDS_PACKAGE:
+        if is_given(args) and not target.is_installed(module):
+            given = flag.format(**vars(args))
+            raise UserError(f"{given} needs {package}, which is not installed: {instead}")
 
 
 def _check_async_save(args: Any) -> None:

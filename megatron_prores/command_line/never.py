@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_prores.command_line.rules import Rule, is_true
-from megatron_prores.environment import is_installed
 
 # Flags of upstream that its 0.19.2 drops on the way to what they should change: a run would train
 # another model than its command line says.
@@ -133,15 +132,6 @@ FAILS_IN_MEGATRON: tuple[Rule, ...] = (
         "Megatron cannot save a last stage that has prediction layers and a tied output head; give "
         "--untie-embeddings-and-output-weights, or --pipeline-model-parallel-layout with the "
         "prediction layers on a stage before the last",
-    ),
-    (
-        "--experimental-attention-variant gated_delta_net",
-        lambda a: (
-            a.experimental_attention_variant == "gated_delta_net"
-            and a.transformer_impl == "transformer_engine"
-            and not is_installed("fla")
-        ),
-        "it needs flash-linear-attention, which is not installed",
     ),
     (
         "--num-experts with biases",

@@ -9,26 +9,28 @@ from megatron_prores.checkpoint.reader import TRACKER
 from megatron_prores.command_line.values import check_split, flag_of
 from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 
 
-def check_files(args: Any) -> None:
+def check_files(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
     """Refuse a run whose data, tokenizer, checkpoint or output directories cannot be used.
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the flag and the file.
     """
-    check_directories(args)
-    check_checkpoint_is_there(args)
+    check_directories(args, target)
+    check_checkpoint_is_there(args, target)
     layers = args.heterogeneous_layers_config_path
     if layers is not None and not os.path.isfile(layers):
         raise UserError(f"--heterogeneous-layers-config-path {layers}: no such file")
     if args.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: give the one that the data was made with")
-    check_tokenizer_arguments(args)
+    check_tokenizer_arguments(args, target)
     if args.mock_data:
         return
     prefixes = data_prefixes(args)
@@ -39,14 +41,20 @@ def check_files(args: Any) -> None:
         )
     check_split(args)
     for flag, prefix in dict.fromkeys(prefixes):
-        check_dataset(flag, prefix)
+        # A number is no path: it is a weight that has come too far.
+        is_number = prefix.replace(".", "", 1).isdigit()
+        if not is_number and target.is_elsewhere(prefix, f"{prefix}.bin", f"{prefix}.idx"):
+            target.note(f"{flag} {prefix}: not here; the data was not looked at")
+        else:
+            check_dataset(flag, prefix)
 
 
-def check_directories(args: Any) -> None:
+def check_directories(args: Any, target: TargetEnvironment) -> None:
     """Refuse directories of output that cannot be made, and W&B without what it needs.
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the flag and the path.
@@ -54,7 +62,7 @@ def check_directories(args: Any) -> None:
     for destination in ("tensorboard_dir", "wandb_save_dir", "data_cache_path"):
         path = getattr(args, destination)
         if path and "://" not in path:
-            _check_writable(flag_of(destination), path)
+            target.check_writable(flag_of(destination), path)
     if args.wandb_project:
         if not args.wandb_exp_name:
             raise UserError("--wandb-project needs --wandb-exp-name: a name for this run")
@@ -62,17 +70,7 @@ def check_directories(args: Any) -> None:
             raise UserError("--wandb-project needs --wandb-save-dir, or --save")
 
 
-def _check_writable(flag: str, path: str) -> None:
-    nearest = os.path.abspath(path)
-    while not os.path.lexists(nearest):
-        nearest = os.path.dirname(nearest)
-    if not os.path.isdir(nearest):
-        raise UserError(f"{flag} {path}: {nearest} is not a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: {nearest} cannot be written to")
-
-
-def check_checkpoint_is_there(args: Any) -> None:
+def check_checkpoint_is_there(args: Any, target: TargetEnvironment) -> None:
     """Refuse a run that needs a checkpoint and has none: upstream ends it with exit code 0.
 
     Without ``--exit-on-missing-checkpoint`` and ``--finetune``, a ``--load`` that is empty yet is
@@ -80,6 +78,7 @@ def check_checkpoint_is_there(args: Any) -> None:
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the flag and the directory.
@@ -99,7 +98,9 @@ def check_checkpoint_is_there(args: Any) -> None:
         ("--finetune", args.finetune),
         ("--pretrained-checkpoint", bool(args.pretrained_checkpoint)),
     ):
-        if wanted:
+        if wanted and (elsewhere := [path for path in given if target.is_elsewhere(path)]):
+            target.note(f"{', '.join(elsewhere)}: not here; no checkpoint was looked at")
+        elif wanted:
             where = f"--load {args.load}" if args.load else f"--pretrained-checkpoint {given[-1:]}"
             if not given:
                 where = "--load is not given"

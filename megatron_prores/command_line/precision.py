@@ -10,7 +10,7 @@ import math
 import os
 from typing import Any
 
-from megatron_prores.environment import is_installed
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 
 _COLUMNS = {"mxfp8": 32}
@@ -34,8 +34,6 @@ def check_graphs(args: Any) -> None:
     if graph == "none":
         return
     named = f"--cuda-graph-impl {graph}"
-    if graph == "transformer_engine" and not is_installed("transformer_engine"):
-        raise UserError(f"{named} needs Transformer Engine, which is not installed: use local")
     if (
         graph == "local"
         and args.transformer_impl == "local"
@@ -99,23 +97,24 @@ def check_fp8_shapes(args: Any) -> None:
         )
 
 
-def check_fp8_hardware(args: Any) -> None:
+def check_fp8_hardware(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
     """Refuse an FP8 recipe that this rank's GPU has no kernels for.
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the recipe, the GPU, and why.
     """
-    if not args.fp8:
+    if not args.fp8 or not target.has_this_gpu:
         return
     import torch
 
     try:
         from transformer_engine.pytorch import quantization
     except ImportError:
-        return  # refused already, or the business of another machine than this one
+        return  # refused already
 
     # This rank's own GPU, as Megatron sets it later: else every rank would touch the first.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

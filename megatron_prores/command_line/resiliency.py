@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from megatron_prores.environment import is_installed, version_below
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 
 PACKAGE = "nvidia-resiliency-ext"
@@ -26,7 +26,7 @@ def check_start() -> None:
     Raises:
         UserError: Names the version that is installed and the one that is needed.
     """
-    found = version_below(PACKAGE, LEAST)
+    found = THIS_MACHINE.version_below(PACKAGE, LEAST)
     if found is None:
         return
     try:
@@ -40,11 +40,12 @@ def check_start() -> None:
         )
 
 
-def check_resiliency(args: Any) -> None:
+def check_resiliency(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
     """Refuse flags that need nvidia-resiliency-ext where it is missing or too old.
 
     Args:
         args: Parsed, not yet validated by Megatron.
+        target: The machine of the run.
 
     Raises:
         UserError: Names the flag, the version that is installed, and the one that is needed.
@@ -63,7 +64,7 @@ def check_resiliency(args: Any) -> None:
         if not is_given:
             continue
         needs = f"{flag} needs {PACKAGE} {LEAST} or newer"
-        if not is_installed(_MODULE):
+        if not target.is_installed(_MODULE):
             raise UserError(f"{needs}, which is not installed: install it{instead}")
-        if (found := version_below(PACKAGE, LEAST)) is not None:
+        if (found := target.version_below(PACKAGE, LEAST)) is not None:
             raise UserError(f"{needs}, and {found} is installed: upgrade it{instead}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_prores.environment import is_installed
-
 Rule = tuple[str, Callable[[Any], bool], str]
 """(the flag as the user gave it, whether it is given, why it cannot work)."""
 
@@ -61,11 +59,62 @@ ONLY_WITH_TRANSFORMER_ENGINE: tuple[Rule, ...] = (
     ),
     (
         "--apply-layernorm-1p",
-        lambda a: (
-            a.layernorm_zero_centered_gamma
-            and (a.normalization != "LayerNorm" or not is_installed("apex"))
-        ),
+        lambda a: a.layernorm_zero_centered_gamma and a.normalization != "LayerNorm",
         "torch's norms, which Megatron takes where Apex has none, do not add 1 to their weight",
+    ),
+)
+
+PackageRule = tuple[str, Callable[[Any], bool], str, str, str]
+"""(the flag, with values as {destination}; whether it is given; the module that it needs; its
+package; what to do without it)."""
+
+NEEDS_PACKAGE: tuple[PackageRule, ...] = (
+    (
+        "--optimizer {optimizer}",
+        lambda a: a.optimizer not in ("adam", "sgd") and not a.skip_train,
+        "emerging_optimizers",
+        "emerging-optimizers",
+        "install it, or use adam",
+    ),
+    (
+        "--transformer-impl transformer_engine (the default)",
+        lambda a: a.transformer_impl == "transformer_engine" and a.device == "cuda",
+        "transformer_engine",
+        "Transformer Engine",
+        "install megatron-prores[te], or use --transformer-impl local",
+    ),
+    (
+        "--cuda-graph-impl transformer_engine",
+        lambda a: a.cuda_graph_impl == "transformer_engine",
+        "transformer_engine",
+        "Transformer Engine",
+        "use local",
+    ),
+    (
+        "--experimental-attention-variant gated_delta_net",
+        lambda a: (
+            a.experimental_attention_variant == "gated_delta_net"
+            and a.transformer_impl == "transformer_engine"
+        ),
+        "fla",
+        "flash-linear-attention",
+        "install it",
+    ),
+    (
+        "--apply-layernorm-1p with --transformer-impl local",
+        lambda a: a.layernorm_zero_centered_gamma and a.transformer_impl == "local",
+        "apex",
+        "Apex",
+        "torch's norms do not add 1 to their weight",
+    ),
+    # Also with Transformer Engine: the output head is Megatron's own linear, which ends the run
+    # when the model is built.
+    (
+        "gradient accumulation fusion (Megatron's default)",
+        lambda a: a.gradient_accumulation_fusion and a.device == "cuda",
+        "fused_weight_gradient_mlp_cuda",
+        "Apex's fused_weight_gradient_mlp_cuda",
+        "give --no-gradient-accumulation-fusion",
     ),
 )
 

@@ -1,8 +1,7 @@
 """What a checkpoint remembers of ProRes, and the agreement of a run with the one that it loads.
 
 Megatron keeps a run's arguments in its checkpoints, ours among them, and ``prores_settings`` beside
-them (``ProResConfig.settings``). A run that goes on with other settings would give its layers other
-alphas than the ones they were trained with: it is stopped before any work.
+them (checkpoint/settings.py). A run that would go on with others is stopped before any work.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from megatron_prores.checkpoint.guard import to_load
 from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import FORMAT, StoredCheckpoint
 from megatron_prores.checkpoint.saving import REMOTE
+from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.errors import UserError
+from megatron_prores.flags import FLAGS
 from megatron_prores.schedule.custom import FILE, is_custom
 
 _WARMUP_FLAGS = ("prores_warmup_iters", "prores_warmup_iters_per_layer", "prores_warmup_samples")
@@ -44,9 +45,6 @@ _LAYOUT_FLAGS = (
 )
 """What decides which of them a rank holds."""
 
-_PLAIN_MEGATRON: dict[str, str | int] = {"--prores-schedule": OFF, "--norm-placement": "pre"}
-"""The settings of a checkpoint that has none: Megatron's own layer, without warmup."""
-
 
 @dataclass(frozen=True)
 class SavedRun:
@@ -60,9 +58,9 @@ class SavedRun:
     """Its arguments."""
 
     @property
-    def settings(self) -> dict[str, str | int]:
-        """Its ProRes settings, by flag."""
-        return getattr(self.args, "prores_settings", _PLAIN_MEGATRON)
+    def settings(self) -> dict[str, str | int] | None:
+        """Its ProRes settings; None where it has none."""
+        return getattr(self.args, "prores_settings", None)
 
 
 def find_saved_run(args: Any) -> SavedRun | None:
@@ -173,19 +171,22 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
         _check_optimizer_layout(args, saved)
     if args.prores_override_checkpoint or args.num_layers is None:
         return
-    ours = prores.settings(args.num_layers)
-    compared = ("--norm-placement",) if starts_at_zero else tuple(ours)
-    differences = [
-        f"{name} {saved.settings[name]} there, {ours[name]} here"
-        for name in compared
-        if name in saved.settings and saved.settings[name] != ours[name]
+    found = differences(saved.settings, prores.settings(args.num_layers))
+    told = [
+        f"{FLAGS[name]} {_shown(there)} there, {_shown(here)} here"
+        for name, (there, here) in found.items()
+        if name == "norm_placement" or not starts_at_zero
     ]
-    if differences:
+    if told:
         raise UserError(
-            f"{saved.directory} was trained with other ProRes settings: {'; '.join(differences)}. "
+            f"{saved.directory} was trained with other ProRes settings: {'; '.join(told)}. "
             "Give the same, or --prores-override-checkpoint to go on with those of this command "
             "line"
         )
+
+
+def _shown(value: object) -> object:
+    return "not given" if value is None else value
 
 
 def _check_learning_rate(args: Any, saved: SavedRun) -> None:

@@ -18,7 +18,7 @@ from megatron_prores.command_line.saved_run import SavedRun
 from megatron_prores.command_line.values import check_shapes, flag_of
 from megatron_prores.config import ProResConfig
 from megatron_prores.data.dataset_files import check_token_ids
-from megatron_prores.environment import check_address
+from megatron_prores.environment import TargetEnvironment, check_address
 from megatron_prores.errors import UserError
 from megatron_prores.upstream.registry import undone_afterwards, wrap
 
@@ -55,6 +55,7 @@ def around_setup(
     datasets: list[tuple[str, str]],
     saved: SavedRun | None,
     words_of: Callable[[Exception], str],
+    target: TargetEnvironment,
 ) -> Iterator[None]:
     """Check in between what upstream's ``parse_and_validate_args`` does in one call.
 
@@ -65,6 +66,7 @@ def around_setup(
         datasets: The data that the tokenizer must fit, as (flag, path without ending).
         saved: The checkpoint that the model must fit, or None.
         words_of: Says in one line what upstream objects to.
+        target: The machine of the run.
     """
     from megatron.training import arguments, global_vars
 
@@ -80,13 +82,18 @@ def around_setup(
 
     def build_tokenizer(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         args = named["args"]
-        name = _tokenizer_name(args)
-        try:
-            tokenizer = stock()
-        except Exception as error:  # each library raises its own kinds
-            reason = str(error) or type(error).__name__
-            raise UserError(f"{name} cannot be made: {reason}") from error
-        check_token_ids(datasets, max(tokenizer.vocab_size, _eod(tokenizer) + 1), name)
+        tokenizer = target.stand_in_tokenizer(args)
+        if tokenizer is None:
+            name = _tokenizer_name(args)
+            try:
+                tokenizer = stock()
+            except Exception as error:  # each library raises its own kinds
+                reason = str(error) or type(error).__name__
+                raise UserError(f"{name} cannot be made: {reason}") from error
+            here = [
+                (flag, path) for flag, path in datasets if not target.is_elsewhere(f"{path}.idx")
+            ]
+            check_token_ids(here, max(tokenizer.vocab_size, _eod(tokenizer) + 1), name)
         _check_vocabulary(args, saved)
         return tokenizer
 

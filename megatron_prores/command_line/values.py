@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_prores.environment import is_installed
 from megatron_prores.errors import UserError
 
 _AT_LEAST_ONE = (
@@ -97,11 +96,6 @@ def check_training(args: Any) -> None:
         raise UserError("--train-iters is missing (or --train-samples): say how long to train")
     if args.lr is None:
         raise UserError("--lr is missing: give the learning rate")
-    if args.optimizer not in ("adam", "sgd") and not is_installed("emerging_optimizers"):
-        raise UserError(
-            f"--optimizer {args.optimizer}: there are adam and sgd; the others need the library "
-            "emerging-optimizers, which is not installed"
-        )
     _check_learning_rate(args)
 
 

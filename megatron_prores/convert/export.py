@@ -22,14 +22,16 @@ from megatron_prores.checkpoint.reader import (
     iterations,
     tracked,
 )
+from megatron_prores.checkpoint.settings import differences
 from megatron_prores.checkpoint.summary import Warmup, warmup_of
 from megatron_prores.checkpoint.verify import surface_damage
-from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.config import OFF
 from megatron_prores.convert import tokenizer as tokenizers
 from megatron_prores.convert.architecture import Architecture, architecture_of
 from megatron_prores.convert.stored_weights import Weight, weights_of
 from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.flags import FLAGS, config_of, told_in_flags
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -99,17 +101,18 @@ def _alphas(
     if getattr(args, "prores_schedule", OFF) == OFF:
         return (1.0,) * int(args.num_layers)
     if schedule is not None:
-        ours = ProResConfig.from_args(Namespace(**{**vars(args), "prores_schedule": schedule}))
-        wanted = ours.settings(args.num_layers)
+        with told_in_flags():
+            ours = config_of(Namespace(**{**vars(args), "prores_schedule": schedule}))
+            wanted = ours.settings(args.num_layers)
+            step = int(args.consumed_train_samples) if ours.unit == "samples" else iteration
+            alphas = tuple(ours.alphas(step, args.num_layers).tolist())
         # What a file or a function computes is compared by the digest of its file, not by its name.
-        differ = [name for name in wanted if wanted[name] != warmup.settings.get(name)]
-        if differ:
+        if differ := differences(args.prores_settings, wanted):
             raise UserError(
                 f"--prores-schedule {schedule}: {directory} was trained with another one "
-                f"({', '.join(differ)} differ)"
+                f"({', '.join(FLAGS.get(name, name) for name in differ)} differ)"
             )
-        step = int(args.consumed_train_samples) if ours.unit == "samples" else iteration
-        return tuple(ours.alphas(step, args.num_layers).tolist())
+        return alphas
     if warmup.alphas is None:
         raise UserError(
             f"{directory}: {warmup.note}; without alpha its branches cannot be scaled as they were "

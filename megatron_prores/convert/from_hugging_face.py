@@ -211,11 +211,12 @@ def import_model(model: Path, save: Path, tokenizer: list[str], dtype: str) -> N
     from megatron_prores.command_line.arguments import parse_args
     from megatron_prores.convert.llama import from_llama
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import async_writer, seams
+    from megatron_prores.upstream.async_writer import end_writers_with_training
+    from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 
-    seams.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     guard.install()
-    async_writer.install()  # or a process of Megatron's outlives this one
+    end_writers_with_training()  # or a process of Megatron's outlives this one
     args, prores = parse_args("cpu")
     initialize_megatron()
     built = model_config(args, prores)

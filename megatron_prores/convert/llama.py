@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_prores.convert.names import LAYER_ENTRIES, MODEL_ENTRIES, Entry, branch_ends
+from megatron_prores.errors import Argument, ArgumentError
 
 
 @torch.no_grad()
@@ -90,18 +91,32 @@ def fold_alphas(
     Args:
         weights: Llama name -> whole tensor.
         norm_placement: One of ``placement.PLACEMENTS``.
-        alphas: alpha of layer 1..L at the iteration of the weights.
+        alphas: alpha of layer 1..L at the iteration of the weights, as ``ProResConfig.alphas``
+            returns it.
 
     Returns:
         Llama name -> tensor; new ones where they differ.
+
+    Raises:
+        ArgumentError: The placement is unknown, or the weights are not those of L layers with it.
     """
     last = branch_ends(norm_placement)
-    folded = dict(weights)
-    for index, alpha in enumerate(alphas):
-        for name in last:
-            key = f"model.layers.{index}.{name}"
-            folded[key] = weights[key] * alpha
-    return folded
+    factors = {
+        f"model.layers.{index}.{name}": float(alpha)
+        for index, alpha in enumerate(alphas)
+        for name in last
+    }
+    there = {name for name in weights if name.startswith("model.layers.") and name.endswith(last)}
+    if wrong := sorted(there ^ factors.keys()):
+        problem = "is for no layer of" if wrong[0] in there else "is missing, for"
+        raise ArgumentError(
+            Argument("weights"),
+            f": {wrong[0]} {problem} the {len(alphas)} layers that have an alpha",
+        )
+    return {
+        name: weight * factors[name] if name in factors else weight
+        for name, weight in weights.items()
+    }
 
 
 def _parameters(
@@ -143,7 +158,7 @@ def _check_is_llama(config: TransformerConfig) -> None:
         ValueError: Names the part.
     """
     if not config.gated_linear_unit:
-        raise ValueError("no Llama names for this model: its MLP has no gate (--swiglu)")
+        raise ValueError("no Llama names for this model: its MLP has no gate")
     if config.attention_output_gate:
         raise ValueError("no Llama names for this model: its attention has a gate")
 

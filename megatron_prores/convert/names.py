@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.placement import placement_of
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ MODEL_ENTRIES = (
 """The parameters outside the layers."""
 
 
-def branch_ends(norm_placement: str) -> list[str]:
-    """Return the Llama names of the weights that each branch of a layer ends with.
+def branch_ends(norm_placement: str) -> tuple[str, str]:
+    """Return the Llama names of the weights that the two branches of a layer end with.
 
     A linear, or, in a sandwich, a norm: scaling it scales the branch.
 
     Args:
         norm_placement: One of ``placement.PLACEMENTS``.
+
+    Raises:
+        ArgumentError: There is no such placement.
     """
-    if PLACEMENTS[norm_placement].branch_output_norm:
-        return [_SANDWICH_NORMS[_AFTER_ATTENTION], _SANDWICH_NORMS[_AFTER_MLP]]
-    return ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
+    if placement_of(norm_placement).branch_output_norm:
+        return _SANDWICH_NORMS[_AFTER_ATTENTION], _SANDWICH_NORMS[_AFTER_MLP]
+    return "self_attn.o_proj.weight", "mlp.down_proj.weight"

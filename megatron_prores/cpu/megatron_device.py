@@ -1,14 +1,14 @@
-"""The places where Megatron itself has to differ on the CPU device, each for one reason.
-
-Written against megatron-core 0.19.2.
-"""
+"""The places where Megatron itself has to differ on the CPU device, each for one reason."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_prores.upstream.registry import replace, wrap
 
 
 def _get_rng_state(
@@ -21,11 +21,21 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
-def _copy_to_write(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+def _copy_to_write(stock: Callable[[], Any], named: dict[str, Any]) -> list[Any]:
+    """Copy what is to be saved while the training process waits.
+
+    Megatron hands the writer its memory, which the next steps change; on a GPU the way to the CPU
+    is the copy.
+    """
     return [
         (name, key, (data, [(item, tensor.detach().clone()) for item, tensor in tensors]))
-        for name, key, (data, tensors) in write_buckets
+        for name, key, (data, tensors) in named["write_buckets"]
     ]
+
+
+def _fork_writer(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """Fork the checkpoint writer: one that is not forked would look for a CUDA device."""
+    return stock(mp_mode="fork")
 
 
 def _expected_on_cpu(record: logging.LogRecord) -> bool:
@@ -36,26 +46,17 @@ def _expected_on_cpu(record: logging.LogRecord) -> bool:
 def install() -> None:
     """Adapt Megatron to the CPU device.
 
-    Must run after ``torch_device.install`` and before ``megatron.training`` is imported. A second
-    call does nothing.
+    Must run after ``torch_device.install`` and before ``megatron.training`` is imported.
+
+    Raises:
+        RuntimeError: The installed Megatron has other functions than those relied on.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.tensor_parallel import random
 
-    if random._get_cuda_rng_state is _get_rng_state:
-        return
     # The stock pair reads a generator of the CUDA device at index 0, which there is none of.
-    random._get_cuda_rng_state = _get_rng_state
-    random._set_cuda_rng_state = _set_rng_state
+    replace(random, install, _get_cuda_rng_state=_get_rng_state, _set_cuda_rng_state=_set_rng_state)
     logging.getLogger(random.__name__).addFilter(_expected_on_cpu)
-
-    # Copied while the training process waits: what that hands over to the writer is its memory,
-    # which the next steps change. On a GPU the way to the CPU is the copy.
-    FileSystemWriterAsync.preload_tensors = staticmethod(_copy_to_write)
-
-    # A checkpoint writer that is not forked would look for a CUDA device.
-    start_writer = PersistentAsyncCaller._get_process
-    PersistentAsyncCaller._get_process = staticmethod(
-        lambda rank, mp_mode="fork", *args: start_writer(rank, "fork", *args)
-    )
+    wrap(FileSystemWriterAsync, "preload_tensors", ("write_buckets",), _copy_to_write)
+    wrap(PersistentAsyncCaller, "_get_process", ("mp_mode",), _fork_writer)

@@ -8,7 +8,6 @@ tensor, and it hands a device to torch.distributed. Each is answered with the CP
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -23,6 +22,8 @@ import torch.cuda.nvtx
 import torch.distributed
 import torch.utils.data
 from torch.overrides import TorchFunctionMode
+
+from megatron_prores.upstream.registry import replace, wrap
 
 CPU = torch.device("cpu")
 
@@ -120,8 +121,8 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-    torch.set_rng_state(state)
+def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
 
 
 def _get_rng_state(device: Any = None) -> torch.Tensor:
@@ -210,74 +211,57 @@ def _no_range(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def _distributed_on_gloo() -> dict[str, Any]:
-    """Run every collective on gloo: no process group is bound to a device."""
-    init_process_group = torch.distributed.init_process_group
-    barrier = torch.distributed.barrier
-
-    def init_on_gloo(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("device_id", None)
-        init_process_group("fake" if backend == "fake" else "gloo", *args, **kwargs)
-
-    def barrier_on_gloo(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        return barrier(group=group, async_op=async_op)
-
-    return {"init_process_group": init_on_gloo, "barrier": barrier_on_gloo}
+def _init_on_gloo(stock: Callable[..., None], named: dict[str, Any]) -> None:
+    """Run every collective on gloo, and bind no process group to a device."""
+    backend = "fake" if named.get("backend") == "fake" else "gloo"
+    stock(backend=backend, device_id=None)
 
 
-def _draws_nothing(stock: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the start of a data loader, which draws a seed for its workers.
+def _barrier_on_gloo(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+    """Name no device to a barrier."""
+    return stock(device_ids=None)
+
+
+def _draw_nothing(stock: Callable[..., None], named: dict[str, Any]) -> None:
+    """Start a data loader, which draws a seed for its workers, and leave the random state as it is.
 
     On a GPU that comes from another generator than dropout's, and here it would move dropout's: by
     once more in a run that was resumed, so that this was another run.
     """
-
-    @functools.wraps(stock)
-    def start(*args: Any, **kwargs: Any) -> None:
-        state = torch.get_rng_state()
-        stock(*args, **kwargs)
-        torch.set_rng_state(state)
-
-    return start
-
-
-def _replace(owner: Any, replacements: dict[str, Any]) -> None:
-    for name, value in replacements.items():
-        setattr(owner, name, value)
+    state = torch.get_rng_state()
+    stock()
+    torch.set_rng_state(state)
 
 
 def install() -> None:
-    """Replace CUDA by the CPU in this process, for good; a second call does nothing.
+    """Replace CUDA by the CPU in this process.
 
-    Must run before Megatron is imported: its modules bind names of ``torch.cuda`` at import.
+    It is for good; a second call does nothing. Must run before Megatron is imported: its modules
+    bind names of ``torch.cuda`` at import.
+
+    Raises:
+        RuntimeError: The installed torch has other functions than those relied on.
     """
     if torch.cuda.current_device is _CURRENT_DEVICE:
         return
     # Upstream's flag checks ask for it wherever tensor parallelism overlaps with communication.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = _cuda_replacements()
-    _replace(torch.cuda, cuda)
+    replace(torch.cuda, install, **cuda)
     seeds_and_states = ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state")
-    _replace(torch.cuda.random, {name: cuda[name] for name in seeds_and_states})
-    _replace(
-        torch.cuda.nvtx,
-        {"range_push": _nothing, "range_pop": _nothing, "mark": _nothing, "range": _no_range},
-    )
-    _replace(
-        torch.Tensor,
-        {
-            "cuda": _self,
-            "pin_memory": _self,
-            "record_stream": _nothing,
-            "type": _tensor_type(torch.Tensor.type),
-        },
-    )
-    _replace(torch.nn.Module, {"cuda": _self})
-    loader = torch.utils.data.dataloader._BaseDataLoaderIter
-    _replace(loader, {"__init__": _draws_nothing(loader.__init__)})
+    replace(torch.cuda.random, install, **{name: cuda[name] for name in seeds_and_states})
+    nvtx = torch.cuda.nvtx
+    replace(nvtx, install, range_push=_nothing, range_pop=_nothing, mark=_nothing, range=_no_range)
+    tensor_type = _tensor_type(torch.Tensor.type)
+    moves = {"cuda": _self, "pin_memory": _self, "record_stream": _nothing}
+    replace(torch.Tensor, install, **moves, type=tensor_type)
+    replace(torch.nn.Module, install, cuda=_self)
     # Pinned-memory loaders ask this, not torch.cuda.
-    _replace(torch.accelerator, {"is_available": _constant(False)})
-    _replace(torch, {"compile": _uncompiled})
-    _replace(torch.distributed, _distributed_on_gloo())
+    replace(torch.accelerator, install, is_available=_constant(False))
+    replace(torch, install, compile=_uncompiled)
+    wrap(torch.utils.data.dataloader._BaseDataLoaderIter, "__init__", (), _draw_nothing)
+    needs = ("backend", "device_id")
+    wrap(torch.distributed, "init_process_group", needs, _init_on_gloo)
+    wrap(torch.distributed, "barrier", ("device_ids",), _barrier_on_gloo)
     # Entered and never left: the device is chosen for the life of the process.
     CudaMeansCpu().__enter__()

@@ -12,7 +12,7 @@ import os
 import warnings
 from typing import Any
 
-from megatron_prores.environment import is_installed
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -28,7 +28,9 @@ TOKENIZER_TYPES = (
 )
 """Megatron's tokenizers of plain text (the others read conversations or images)."""
 
-_TRANSFORMERS_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_BERT_TYPES)
+TRANSFORMERS_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_BERT_TYPES)
+"""Those that need the library transformers."""
+
 _MODEL_FILE_TYPES = (*_SENTENCEPIECE_TYPES, "TikTokenizer")
 
 
@@ -55,11 +57,14 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--null-tokenizer-eod-id", type=int)
 
 
-def check_tokenizer_arguments(args: argparse.Namespace) -> None:
+def check_tokenizer_arguments(
+    args: argparse.Namespace, target: TargetEnvironment = THIS_MACHINE
+) -> None:
     """Check what can be checked before the seconds that importing Megatron takes.
 
     Args:
         args: Values of the flags of :func:`add_tokenizer_arguments`.
+        target: The machine that the tokenizer is for.
 
     Raises:
         UserError: The type lacks a flag, or a file is missing.
@@ -69,7 +74,7 @@ def check_tokenizer_arguments(args: argparse.Namespace) -> None:
         raise UserError("--tokenizer-type NullTokenizer needs a positive --vocab-size")
     if kind in (*_MODEL_FILE_TYPES, "HuggingFaceTokenizer") and not args.tokenizer_model:
         raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    if kind in _TRANSFORMERS_TYPES and not is_installed("transformers"):
+    if kind in TRANSFORMERS_TYPES and not target.is_installed("transformers"):
         raise UserError(
             f"--tokenizer-type {kind} needs the library transformers, which is not installed"
         )
@@ -82,7 +87,7 @@ def check_tokenizer_arguments(args: argparse.Namespace) -> None:
     if kind in _MODEL_FILE_TYPES:
         files["--tokenizer-model"] = args.tokenizer_model
     for flag, path in files.items():
-        if path is not None and not os.path.isfile(path):
+        if path is not None and not (os.path.isfile(path) or target.is_elsewhere(path)):
             raise UserError(f"{flag} {path}: no such file")
 
 

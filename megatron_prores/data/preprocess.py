@@ -24,8 +24,9 @@ from megatron_prores.data.megatron_tokenizer import (
     silence_import_warnings,
 )
 from megatron_prores.data.progress import Progress
-from megatron_prores.data.staging import publish, refuse_existing, staging_directory
+from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.files import publish
 
 _SHOWN_PROBLEMS = 20
 """Broken lines reported one by one; a wholly broken input must not flood the log."""

@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all, whatever kills the run that writes them."""
+"""A folder for outputs that are not finished, so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 
 @contextmanager
 def staging_directory(final: Path) -> Iterator[Path]:
-    """A folder beside ``final`` to write in, owned by this run alone and removed at its end.
+    """Make a folder beside ``final`` to write in, owned by this run alone and removed at its end.
 
-    It lies on the file system of the final name, so that :func:`publish` is a rename. What a killed
-    run left in it is cleared first: the lock dies with its owner, hence whoever holds it knows that
-    everything else in the folder is stale.
+    It lies on the file system of the final name, so that ``files.publish`` is a rename. What a
+    killed run left in it is cleared first: the lock dies with its owner, hence whoever holds it
+    knows that everything else in the folder is stale.
 
     Args:
         final: The name, or the common start of the names, under which the outputs will appear. Its
@@ -68,20 +68,6 @@ def staging_directory(final: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def publish(staged: Path, final: Path) -> None:
-    """Return a finished file its final name, so that a reader sees all of it or none.
-
-    Args:
-        staged: The finished file in its staging folder.
-        final: Its name from now on; a file of that name is replaced.
-    """
-    # Without the first sync a machine crash after the rename could leave an empty file under the
-    # final name; without the second, no name at all.
-    _sync(staged)
-    os.replace(staged, final)
-    _sync(final.parent)
-
-
 def _lock(staging: Path) -> int | None:
     """Return an open descriptor that holds the folder's lock, or None when another run has it."""
     while True:
@@ -108,11 +94,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

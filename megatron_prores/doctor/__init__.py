@@ -1,7 +1,7 @@
-"""The doctor: what is installed and how the machine is, what is missing, and what that costs.
+"""Check what a machine has, what is missing, and what that costs a run.
 
-``python -m megatron_prores.doctor`` prints a line per thing. Every check is a small function in one
-of the tables of :mod:`~megatron_prores.doctor.packages`, :mod:`~megatron_prores.doctor.gpus`,
-:mod:`~megatron_prores.doctor.fabric` and :mod:`~megatron_prores.doctor.machine`. A check changes
-nothing, takes no memory of a GPU, and never prints a secret.
+``python -m megatron_prores.doctor`` first asks programs and imports packages, side by side
+(:mod:`~megatron_prores.doctor.facts`). Then the small functions in the tables of
+:mod:`~megatron_prores.doctor.packages` and :mod:`~megatron_prores.doctor.machine` judge, one line
+each. Nothing is changed, no GPU memory is taken, and no secret is printed.
 """

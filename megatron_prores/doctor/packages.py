@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import importlib.util
+import json
+import os
+import re
 import sys
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.doctor.finding import (
-    MISSING,
-    NOTE,
-    OK,
-    Check,
-    Finding,
-    Where,
-    one_line,
-    silence,
-)
-from megatron_prores.doctor.probe import Optional
+from megatron_prores.doctor.facts import MISSING, NOTE, OK, Check, Facts, Finding
 from megatron_prores.environment import is_installed
 from megatron_prores.upstream.registry import WRITTEN_AGAINST
-
-UPSTREAM = WRITTEN_AGAINST
-"""The version of megatron-core that the run-time replacements were written against."""
 
 NEEDED_TORCH = (2, 11)
 
@@ -39,200 +28,125 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: 2.11.0a0+1a2b.nv26.2 is (2, 11, 0)."""
-    found: list[int] = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        found.append(int(digits))
-    return tuple(found)
+def series(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version: 2.11.0a0+1a2b.nv26.2 is of the series (2, 11)."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def python(where: Where) -> Finding:
-    """Python itself; pyproject.toml asks for 3.12."""
+def python(facts: Facts) -> Finding:
+    """Check Python itself; pyproject.toml asks for 3.12."""
     value = f"{sys.version.split()[0]}, {sys.executable}"
-    if sys.version_info < (3, 12):  # noqa: UP036, here it has to be told
+    if sys.version_info < (3, 12):  # noqa: UP036, an older one may run the doctor
         return Finding(MISSING, value, "3.12 or newer is needed")
     return Finding(OK, value)
 
 
-@functools.cache
-def load_torch() -> Any:
-    """Import torch once; gives the exception where it cannot be imported."""
-    try:
-        with silence():
-            import torch
-
-            torch.__version__, torch.version.cuda, torch.cuda.is_available  # noqa: B018, a torso fails
-        return torch
-    except Exception as error:
-        return error
+def read_torch(facts: Facts) -> dict[str, Any]:
+    """Return torch's version, the CUDA that it is for, how many GPUs it can use, and its error."""
+    text, error = facts.answers.get("torch", ("", "not installed"))
+    lines = text.splitlines() or [json.dumps({"version": "", "error": error})]
+    return dict(json.loads(lines[-1]))
 
 
-def torch(where: Where) -> Finding:
-    """Torch, imported."""
-    module = load_torch()
-    if isinstance(module, Exception):
-        version = version_of("torch")
-        if version is None:
-            return Finding(MISSING, "not installed", "nothing runs without it")
-        cost = f"cannot be imported, nothing runs: {one_line(module)}"
-        return Finding(MISSING, version, cost)
-    version = str(module.__version__)
-    value = (
-        f"{version}, {'CUDA ' + module.version.cuda if module.version.cuda else 'for CPUs only'}"
-    )
-    if numbers(version)[:2] < NEEDED_TORCH:
+def torch(facts: Facts) -> Finding:
+    """Check that torch can be imported and is new enough."""
+    found = read_torch(facts)
+    if not found["version"]:
+        cost = f"cannot be imported, nothing runs: {found['error']}"
+        return Finding(MISSING, version_of("torch") or "none", cost)
+    value = found["version"] + (f", CUDA {found['cuda']}" if found["cuda"] else ", for CPUs only")
+    if series(found["version"]) < NEEDED_TORCH:
         return Finding(MISSING, value, f"{'.'.join(map(str, NEEDED_TORCH))} or newer is needed")
     return Finding(OK, value)
 
 
-def megatron_core(where: Where) -> Finding:
-    """Megatron Core, and whether the run-time replacements were written against it."""
+def megatron_core(facts: Facts) -> Finding:
+    """Check whether Megatron Core is the one that the run-time replacements were written for."""
     version = version_of("megatron-core")
+    install = f"pip install megatron-core=={WRITTEN_AGAINST}"
     if version is None:
-        return Finding(
-            MISSING, "not installed", f"nothing runs: pip install megatron-core=={UPSTREAM}"
-        )
-    if _folder_of_megatron() is None:
-        return Finding(MISSING, version, "its files are gone: install it again")
-    if numbers(version)[:2] != numbers(UPSTREAM)[:2]:
-        return Finding(MISSING, version, f"not supported: pip install megatron-core=={UPSTREAM}")
-    if version != UPSTREAM:
-        return Finding(
-            NOTE,
-            version,
-            f"written and tested against {UPSTREAM}; a run says if it has moved",
-        )
+        return Finding(MISSING, "not installed", f"nothing runs: {install}")
+    if series(version) != series(WRITTEN_AGAINST):
+        return Finding(MISSING, version, f"not supported: {install}")
+    if version != WRITTEN_AGAINST:
+        cost = f"written and tested against {WRITTEN_AGAINST}; a run says if it has moved"
+        return Finding(NOTE, version, cost)
     return Finding(OK, f"{version}, the version that this was written against")
 
 
-def _folder_of_megatron() -> Path | None:
-    """Find megatron/core without importing it, which takes seconds."""
+def dataset_helper(facts: Facts) -> Finding:
+    """Check Megatron's compiled index builder, which its wheel brings."""
+    # Found without importing megatron.core, which takes seconds.
     spec = importlib.util.find_spec("megatron")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(place) / "core" / "__init__.py").is_file():
-            return Path(place)
-    return None
-
-
-def dataset_helper(where: Where) -> Finding:
-    """Megatron's compiled index builder, which its wheel brings."""
-    folder = _folder_of_megatron()
-    if folder is None:
-        return Finding(MISSING, "no megatron-core", "no dataset can be read")
-    datasets = folder / "core" / "datasets"
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (datasets / f"helpers_cpp{suffix}").is_file():
-            return Finding(OK, "compiled for this Python")
-    others = [path.name for path in datasets.glob("helpers_cpp*")]
-    value = f"compiled for another Python: {', '.join(others)}" if others else "not compiled"
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    folders = [Path(place) / "core/datasets" for place in places]
+    names = [f"helpers_cpp{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    if any((folder / name).is_file() for folder in folders for name in names):
+        return Finding(OK, "compiled for this Python")
+    if any((folder / "Makefile").is_file() for folder in folders):
+        return Finding(NOTE, "not compiled", "a run compiles it: needs make and a C++ compiler")
     cost = "no dataset can be read: install the wheel of megatron-core for this Python"
-    if (datasets / "Makefile").is_file():
-        return Finding(NOTE, value, "a run compiles it first; needs make and a C++ compiler")
-    return Finding(MISSING, value, cost)
+    return Finding(MISSING, "not compiled for this Python", cost)
 
 
-@dataclass(frozen=True)
-class Package:
-    """A package of which only the version matters."""
-
-    distribution: str
-    module: str
-    cost: str
-    """Of not having it."""
-
-    def __call__(self, where: Where) -> Finding:
-        """Check it."""
-        version = version_of(self.distribution)
-        if version is None or not is_installed(self.module):
-            return Finding(MISSING, "not installed", self.cost)
-        return Finding(OK, version)
+def package(name: str, cost: str, facts: Facts) -> Finding:
+    """Check that a package is installed; ``cost`` is that of not having it."""
+    version = version_of(name)
+    if version is None or not is_installed(name):
+        return Finding(MISSING, "not installed", cost)
+    return Finding(OK, version)
 
 
-def wandb(where: Where) -> Finding:
-    """Weights & Biases, and whether it has a key; never which."""
+def wandb(facts: Facts) -> Finding:
+    """Check Weights & Biases, and whether it has a key; never which."""
     version = version_of("wandb")
     if version is None:
         return Finding(MISSING, "not installed", "no W&B logs; TensorBoard's are written")
-    mode = where.environ.get("WANDB_MODE")
-    key = "set" if where.environ.get("WANDB_API_KEY") else "not set"
-    value = f"{version}, WANDB_API_KEY {key}" + (f", WANDB_MODE={mode}" if mode else "")
-    if key == "set" or mode in ("offline", "disabled") or _in_netrc(where):
+    mode = facts.environ.get("WANDB_MODE")
+    has_key = bool(facts.environ.get("WANDB_API_KEY"))
+    value = f"{version}, WANDB_API_KEY {'set' if has_key else 'not set'}"
+    value += f", WANDB_MODE={mode}" if mode else ""
+    netrc = Path(facts.environ.get("HOME", "/nonexistent"), ".netrc")  # where wandb login writes
+    if not has_key and os.access(netrc, os.R_OK):
+        has_key = "api.wandb.ai" in netrc.read_text(errors="replace")
+    if has_key or mode in ("offline", "disabled"):
         return Finding(OK, value)
     return Finding(NOTE, value, "runs are logged offline; `wandb sync` sends them later")
 
 
-def _in_netrc(where: Where) -> bool:
-    try:
-        text = Path(where.environ.get("HOME", "/nonexistent"), ".netrc").read_text()
-    except (OSError, UnicodeDecodeError):
-        return False
-    return "api.wandb.ai" in text
+def accelerator(module: str, cost: str, facts: Facts) -> Finding:
+    """Check that a package with compiled parts could be imported, where it is installed."""
+    if module not in facts.answers:
+        return Finding(MISSING, "not installed", cost)
+    text, error = facts.answers[module]
+    if text:
+        return Finding(OK, text.splitlines()[-1])
+    if "shared object not found" in error:
+        # Transformer Engine looks for NVIDIA's libraries beside itself alone.
+        error += " LD_LIBRARY_PATH over the nvidia/*/lib of torch's site-packages helps"
+    return Finding(MISSING, f"broken: {error}", cost)
 
 
-TRANSFORMER_ENGINE = Optional(
-    "transformer_engine",
-    # torch first: it brings the CUDA libraries that Transformer Engine looks for.
-    "import torch, transformer_engine, transformer_engine.pytorch as te; te.Linear; "
-    "print(transformer_engine.__version__)",
-    "no FP8, no context parallelism; --transformer-impl local --no-persist-layer-norm, slower",
-)
-APEX = Optional(
-    "apex",
-    "import torch, apex, amp_C, fused_weight_gradient_mlp_cuda; "
-    "from importlib.metadata import version; print(version('apex'))",
-    "--no-gradient-accumulation-fusion, a little slower; the optimizer is Transformer Engine's, or "
-    "else torch's",
-)
-FLASH_ATTENTION = Optional(
-    "flash_attn",
-    "import torch, flash_attn; print(flash_attn.__version__)",
-    "Transformer Engine takes cuDNN's fused attention instead",
-    missing=NOTE,
-)
-IMPORTED = (TRANSFORMER_ENGINE, APEX, FLASH_ATTENTION)
-
-
-def nccl(where: Where) -> Finding:
-    """NCCL, as torch has it."""
-    module = load_torch()
-    if isinstance(module, Exception) or not module.distributed.is_nccl_available():
-        return Finding(MISSING, "not in this torch", "no training on more than one GPU")
-    return Finding(OK, ".".join(map(str, module.cuda.nccl.version())))
-
-
-def cudnn(where: Where) -> Finding:
-    """CuDNN, as torch has it."""
-    module = load_torch()
-    version = None if isinstance(module, Exception) else module.backends.cudnn.version()
-    if version is None:
-        return Finding(MISSING, "not in this torch", "no fused attention on GPUs")
-    major, rest = divmod(version, 10000)
-    return Finding(OK, f"{major}.{rest // 100}.{rest % 100}")
-
-
+_NEEDED = {
+    "numpy": "nothing runs without it",
+    "sentencepiece": "no SentencePiece tokenizer",
+    "tensorboard": "no TensorBoard logs: leave --tensorboard-dir out",
+    "psutil": "Megatron's checkpoint writer wants it: nothing can be saved",
+}
 CHECKS: dict[str, Check] = {
     "Python": python,
     "torch": torch,
     "megatron-core": megatron_core,
     "dataset helper": dataset_helper,
-    "numpy": Package("numpy", "numpy", "nothing runs without it"),
-    "sentencepiece": Package("sentencepiece", "sentencepiece", "no SentencePiece tokenizer"),
-    "tensorboard": Package(
-        "tensorboard", "tensorboard", "no TensorBoard logs: leave --tensorboard-dir out"
-    ),
+    **{name: partial(package, name, cost) for name, cost in _NEEDED.items()},
     "wandb": wandb,
-    "psutil": Package(
-        "psutil", "psutil", "Megatron's checkpoint writer wants it: nothing can be saved"
-    ),
 }
+
+_NO_TE = "no FP8, no context parallelism; --transformer-impl local --no-persist-layer-norm, slower"
+_NO_APEX = "--no-gradient-accumulation-fusion, a little slower; another optimizer is taken"
+_NO_FLASH = "Transformer Engine takes cuDNN's fused attention instead"
 ACCELERATORS: dict[str, Check] = {
-    "Transformer Engine": TRANSFORMER_ENGINE,
-    "Apex": APEX,
-    "flash-attn": FLASH_ATTENTION,
-    "NCCL": nccl,
-    "cuDNN": cudnn,
+    "Transformer Engine": partial(accelerator, "transformer_engine", _NO_TE),
+    "Apex": partial(accelerator, "apex", _NO_APEX),
+    "flash-attn": partial(accelerator, "flash_attn", _NO_FLASH),
 }

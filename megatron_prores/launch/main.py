@@ -20,8 +20,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from types import FrameType
 from typing import Any
 
 from torch.distributed import DistError, run
@@ -31,61 +29,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from megatron_prores.errors import EXIT_INTERRUPTED, Parser, UserError
 from megatron_prores.launch.network import interface_to
 from megatron_prores.launch.nodes import Job, Nodes
+from megatron_prores.upstream.elastic_agent import Ranks
 
-HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-
-CLOSE_TIMEOUT_SECONDS = 7 * 24 * 3600
-"""Seconds for the ranks to save after a signal: for ever, in effect."""
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""Signals that the ranks get as well."""
 
 _EXPECTED = (EXIT_INTERRUPTED, 2)
 """Codes of ranks that have said themselves why they ended."""
-
-
-class _Signalled:
-    """What the launcher was told, and what its ranks answered."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.codes: list[int] = []
-        self.ranks: list[Any] = []
-
-    def install(self) -> None:
-        """Get into torch's elastic agent, where it waits for its ranks and where it ends them."""
-        raise_in_agent = api._terminate_process_handler
-        start, close = api.SubprocessContext._start, api.SubprocessContext._close
-
-        def handler(signum: int, frame: FrameType | None) -> None:
-            if self.number is None:
-                self.number = signum
-                raise_in_agent(signum, frame)
-
-        def patient_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
-            handlers = list((context.subprocess_handlers or {}).values())
-            close(context, death_sig, timeout if self.number is None else CLOSE_TIMEOUT_SECONDS)
-            self.codes = [each.proc.returncode or 0 for each in handlers]
-
-        def noted_start(context: Any) -> None:
-            start(context)
-            self.ranks = list(context.subprocess_handlers.values())
-
-        api._terminate_process_handler = handler
-        context_class: Any = api.SubprocessContext
-        context_class._start = noted_start
-        context_class._close = patient_close
-
-    def ignore_more(self) -> None:
-        """End the listening: with the ranks gone nobody can save, and the exit code is settled.
-
-        So a node that is told to end while it says how its ranks have failed still says that.
-        """
-        for name in HANDED_ON.split(","):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-    def kill_ranks(self) -> None:
-        """End the ranks of this node, without a chance to save."""
-        for rank in self.ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(rank.proc.pid, signal.SIGKILL)  # with the processes that it has started
 
 
 def _as_exit_code(code: int) -> int:
@@ -93,7 +43,7 @@ def _as_exit_code(code: int) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launches the ranks and gives their exit code.
+    """Launch the ranks of this node, and return their exit code.
 
     Args:
         argv: As for torchrun.
@@ -106,22 +56,27 @@ def main(argv: Sequence[str]) -> int:
     own, argv = parser.parse_known_args(argv)
     if not own.silent_node_seconds > 0:
         raise UserError(f"--silent-node-seconds {own.silent_node_seconds:g}: must be more than 0")
-    signalled = _Signalled()
-    signalled.install()
+    ranks = Ranks()
+    ranks.watch()
     if "LOGLEVEL" not in os.environ:
         # Which process was sent which signal; what ends a run is said without it.
         logging.getLogger(api.__name__).setLevel(logging.CRITICAL)
     if not any(word.startswith(("--signals-to-handle", "--signals_to_handle")) for word in argv):
-        argv = ["--signals-to-handle", _unignored(HANDED_ON), *argv]
-    nodes = _other_nodes(argv, own.silent_node_seconds, signalled)
-    code = _run(argv, signalled, nodes)
-    signalled.ignore_more()
+        # Not those that a shell has this process ignore, as one in the background.
+        names = [each.name for each in HANDED_ON if signal.getsignal(each) is not signal.SIG_IGN]
+        argv = ["--signals-to-handle", ",".join(names), *argv]
+    nodes = _other_nodes(argv, own.silent_node_seconds, ranks)
+    code = _run(argv, ranks, nodes)
+    # With the ranks gone nobody can save. A node that is told to end while it says how its ranks
+    # have failed still says that.
+    for each in HANDED_ON:
+        signal.signal(each, signal.SIG_IGN)
     if nodes is not None:
         nodes.close(code)
     return code
 
 
-def _other_nodes(argv: Sequence[str], silent: float, signalled: _Signalled) -> Nodes | None:
+def _other_nodes(argv: Sequence[str], silent: float, ranks: Ranks) -> Nodes | None:
     """Get in touch with the other nodes, where there are any and their number is fixed."""
     args = run.parse_args(argv)
     if args.standalone or args.rdzv_backend != "static" or args.nnodes in ("1", "1:1"):
@@ -138,12 +93,12 @@ def _other_nodes(argv: Sequence[str], silent: float, signalled: _Signalled) -> N
     )
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(job.address, job.port)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
-    nodes = Nodes(job, signalled.kill_ranks)
+    nodes = Nodes(job, ranks.kill)
     nodes.start()
     return nodes
 
 
-def _run(argv: Sequence[str], signalled: _Signalled, nodes: Nodes | None) -> int:
+def _run(argv: Sequence[str], ranks: Ranks, nodes: Nodes | None) -> int:
     try:
         run.main(argv)
     except ChildFailedError as failure:
@@ -162,19 +117,10 @@ def _run(argv: Sequence[str], signalled: _Signalled, nodes: Nodes | None) -> int
         print(f"error: {nodes.explain_meeting(error)}", file=sys.stderr, flush=True)
         return 1
     except SignalException:
-        codes = set(signalled.codes)
+        codes = set(ranks.codes)
         if EXIT_INTERRUPTED in codes and codes <= {0, EXIT_INTERRUPTED}:
             return EXIT_INTERRUPTED
         if codes == {0}:
             return 0
-        return 128 + (signalled.number or signal.SIGTERM)
+        return 128 + (ranks.signal or signal.SIGTERM)
     return 0
-
-
-def _unignored(names: str) -> str:
-    """Leave out what this process was started to ignore, as a shell does for background jobs."""
-    return ",".join(
-        name
-        for name in names.split(",")
-        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
-    )

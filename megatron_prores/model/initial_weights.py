@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prores.config import ProResConfig
-from megatron_prores.errors import UserError
-from megatron_prores.model.specs import INPUT_NORM_SLOTS
+from megatron_prores.errors import Argument, ArgumentError
+from megatron_prores.model.with_prores import INPUT_NORM_SLOTS
 from megatron_prores.placement import PLACEMENTS
 
 
@@ -55,9 +55,15 @@ def configure(config: TransformerConfig, prores: ProResConfig) -> None:
 def finish(chunks: list[Any], prores: ProResConfig) -> None:
     """Finish the initial weights of this rank's model chunks, in place, as they were drawn.
 
+    ``lns`` starts the norm weights of layer l at 1 / sqrt(l), ``deepnorm`` scales what Megatron
+    drew to DeepNorm's gains. Nothing is left to do for the other placements.
+
     Args:
         chunks: Model chunks just built by Megatron, not wrapped yet.
         prores: Its norm placement and ``initialization`` say what is left to do.
+
+    Raises:
+        ArgumentError: The model has a branch that this is not defined for.
     """
     for chunk in chunks:
         for layer in chunk.decoder.layers:
@@ -100,8 +106,9 @@ def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
         found = (getattr(module, name, None) for module, name in places)
         weight = next((each for each in found if each is not None), None)
         if weight is None:
-            raise UserError(
-                f"--norm-placement lns: the norm before {type(branch).__name__} was not found"
+            raise ArgumentError(
+                Argument("norm_placement", "lns"),
+                f": the norm before {type(branch).__name__} was not found",
             )
         yield weight
 
@@ -135,9 +142,10 @@ def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
         qkv.mul_(factors[get_tensor_model_parallel_rank()].unsqueeze(-1))
         attention.linear_proj.weight.mul_(factor(query, hidden, gain))
     elif not isinstance(attention, IdentityOp):
-        raise UserError(
-            f"--branch-init deepnorm: DeepNorm's gains are not defined for "
-            f"{type(attention).__name__}; use --branch-init normal"
+        raise ArgumentError(
+            Argument("branch_init", "deepnorm"),
+            f": DeepNorm's gains are not defined for {type(attention).__name__}; use ",
+            Argument("branch_init", "normal"),
         )
     # Dense: one of each. Experts: linear_fc1.weight of each expert, or weight0, weight1, ...
     for name, weight in layer.mlp.named_parameters():

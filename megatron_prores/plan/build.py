@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
+import dataclasses
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any
 
 from megatron.training import global_vars
@@ -19,215 +20,210 @@ from megatron_prores.command_line.advice import advice
 from megatron_prores.command_line.arguments import parse_args, upstream_words
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
-from megatron_prores.plan.elsewhere import (
-    ASSUMED_CAPABILITY,
-    ASSUMED_TE,
-    Notes,
-    target_machine,
-)
-from megatron_prores.plan.figures import (
-    chunk_of,
-    curves_of,
-    layer_map_of,
-    layers_of,
-    layout_of,
-    memory_of,
-    model_of,
-    parameters_of,
-    training_of,
-    warmup_of,
-)
-from megatron_prores.plan.fits import divisions, layout_warnings
-from megatron_prores.plan.groups import GROUPS, WorldGroups, lay_out, playing
-from megatron_prores.plan.holding import StageHolding, audit_world, hold
-from megatron_prores.plan.model import (
-    ParameterCount,
-    build_chunks,
-    count,
-    describe,
+from megatron_prores.plan.groups import lay_out
+from megatron_prores.plan.layout import divisions, layout_warnings
+from megatron_prores.plan.memory import estimate
+from megatron_prores.plan.result import Plan
+from megatron_prores.plan.stages import (
+    Chunk,
+    Stage,
+    audit_world,
+    build_stage,
+    count_whole_model,
     local_config,
 )
-from megatron_prores.plan.result import TABLE_RANKS, Plan
-from megatron_prores.schedule.timeline import timeline_of
+from megatron_prores.plan.target import PlannedMachine
+from megatron_prores.schedule.timeline import Timeline, timeline_of
 from megatron_prores.training.prores_run import model_config
 from megatron_prores.upstream.registry import undone_afterwards
-from megatron_prores.warmup.audit import RankReport, table
+from megatron_prores.warmup.audit import layer_map, table
+
+_TABLE_RANKS = 64
+"""A world up to this size has the audit's table in its plan, a line per rank and virtual stage."""
+
+_COLUMNS = 400
+"""Steps at which alpha is drawn."""
 
 
 def build_plan(
-    device_name: str,
-    *,
-    gpus_per_node: int,
-    time_limit: float | None,
-    seconds_per_step: float | None,
+    device: str, gpus_per_node: int, time_limit: float | None, seconds_per_step: float | None
 ) -> Plan:
     """Plan the command line in ``sys.argv`` for the world of the environment.
 
-    Args:
-        device_name: The run's device, "cuda" or "cpu".
-        gpus_per_node: Ranks per node.
-        time_limit: Seconds that the job may run.
-        seconds_per_step: What a step takes, where that is known.
-
-    Raises:
-        UserError: The main program would refuse the command line.
-        StopRun: The layers or process groups do not fit together.
+    Args and errors are those of :func:`megatron_prores.plan.planner.make_plan`; ``device`` is the
+    run's, "cuda" or "cpu".
     """
-    notes = Notes()
-    with _megatron_as_new(), _quiet() as said:
+    machine = PlannedMachine()
+    with _fresh_quiet_megatron() as printed:
         try:
-            with target_machine(notes):
-                args, prores = parse_args(device_name)
+            with machine.known_to_megatron():
+                args, prores = parse_args(device, machine)
                 config = model_config(args, prores)
-                _try_container(args, config, notes)
+                _check_container(args, config, machine)
         except UserError as error:
             if isinstance(error.__cause__, SystemExit):
-                raise UserError(f"{error}: {' '.join(said.getvalue().split()[-60:])}") from error
+                said = " ".join(printed.getvalue().split()[-60:])
+                raise UserError(f"{error}: {said}") from error
             raise
-        _note_assumptions(args, device_name, notes)
+        machine.note_assumptions(args)
         local = local_config(config)
-        stages: list[StageHolding] = []
-
-        def at_stage(rank: int, stage: int) -> None:
-            chunks = build_chunks(local)
-            stages.append(hold(prores, args.num_layers, chunks, describe(chunks, stage)))
-
-        groups = lay_out(args, at_stage)
-        reports = _audit(args, prores, groups, stages)
+        groups, stages = lay_out(args, partial(build_stage, prores, local))
+        reports = audit_world(groups["pipeline"], stages, prores, args.num_layers)
+        chunks = [chunk for stage in stages for chunk in stage.chunks]
         timeline = timeline_of(args)
-        openings: list[int | None] = [0] * args.num_layers
+        unit = "iterations"
+        opening_steps: list[int | None] = [0] * args.num_layers
         if prores.enabled:
-            openings = timeline.steps_at(prores.opening_steps(args.num_layers), prores.unit)
-        held = [sum((c.parameters for c in each.chunks), ParameterCount()) for each in stages]
-        layers = layers_of(stages, timeline, openings)
+            unit, opening_steps = prores.unit, prores.opening_steps(args.num_layers)
+        openings = timeline.steps_at(opening_steps, unit)
+        warnings = advice(
+            args,
+            prores,
+            argv=sys.argv[1:],
+            seconds_per_step=seconds_per_step,
+            time_limit=time_limit,
+        ) + layout_warnings(args, groups["tensor"], gpus_per_node)
         return Plan(
             world_size=args.world_size,
-            layout=layout_of(args),
+            layout=_layout(args),
             groups={
                 kind: {"groups": len(found), "ranks": len(found[0])}
-                for kind in GROUPS
-                if (found := groups.of_kind(kind))
+                for kind, found in groups.items()
             },
-            ranks_played=list(groups.played),
             fits=divisions(args, stages, gpus_per_node),
-            model=model_of(args, prores),
-            parameters=parameters_of(args, _whole_model(args, local), held),
-            stages=[chunk_of(chunk, groups, layers) for each in stages for chunk in each.chunks],
-            layers=layers,
-            layer_map=layer_map_of(reports, prores, args.num_layers),
-            table=table(reports) if args.world_size <= TABLE_RANKS else None,
-            training=training_of(args, timeline),
-            warmup=warmup_of(prores, args.num_layers, openings, timeline),
-            memory=memory_of(args, held),
-            curves=curves_of(prores, args.num_layers, openings, timeline),
-            warnings=[
-                *advice(
-                    args,
-                    prores,
-                    argv=sys.argv[1:],
-                    seconds_per_step=seconds_per_step,
-                    time_limit=time_limit,
-                ),
-                *layout_warnings(args, groups, gpus_per_node),
-            ],
-            notes=list(notes),
+            model=_model(args, prores),
+            parameters=_parameters(args, count_whole_model(args, local), stages),
+            stages=[dataclasses.asdict(chunk) for chunk in chunks],
+            layers=_layers(chunks, openings, timeline),
+            layer_map=layer_map(reports, opening_steps, unit),
+            table=table(reports) if args.world_size <= _TABLE_RANKS else None,
+            training=_training(args, timeline),
+            warmup={
+                "schedule": prores.schedule,
+                "length": prores.total_warmup(args.num_layers) if prores.enabled else None,
+                "unit": prores.unit if prores.enabled else None,
+            },
+            memory=estimate(args, stages, groups),
+            curves=_curves(prores, args.num_layers, openings, timeline),
+            warnings=warnings,
+            notes=machine.notes,
         )
 
 
-def _try_container(args: argparse.Namespace, config: Any, notes: Notes) -> None:
+def _check_container(args: argparse.Namespace, config: Any, machine: PlannedMachine) -> None:
     """Let Megatron check the rest of its configuration, as the main program does."""
     try:
         pretrain_cfg_container_from_args(args, config)
     except (AssertionError, ValueError, RuntimeError) as error:
-        if isinstance(error.__context__, ImportError):
-            notes.add(f"not checked, for want of a package: {error}")
-            return
-        raise UserError(upstream_words(error)) from error
+        if not isinstance(error.__context__, ImportError):
+            raise UserError(upstream_words(error)) from error
+        machine.note(f"not checked, for want of a package: {error}")
 
 
 @contextmanager
-def _megatron_as_new() -> Iterator[None]:
-    """Give Megatron's globals a fresh start, and leave them as if nothing had been planned."""
+def _fresh_quiet_megatron() -> Iterator[io.StringIO]:
+    """Give Megatron's globals a fresh start, and leave them as if nothing had been planned.
+
+    What Megatron prints meanwhile is kept out of the plan.
+    """
+    printed = io.StringIO()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     global_vars.unset_global_variables()
     try:
         # model_config wraps functions of the training loop; no run follows.
-        with undone_afterwards():
-            yield
+        with undone_afterwards(), redirect_stdout(printed), redirect_stderr(printed):
+            yield printed
     finally:
         global_vars.unset_global_variables()
+        logging.disable(disabled)
 
 
-@contextmanager
-def _quiet() -> Iterator[io.StringIO]:
-    """Keep what Megatron prints while it parses and build out of the plan."""
-    said = io.StringIO()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield said
-    finally:
-        logging.disable(before)
-
-
-def _note_assumptions(args: argparse.Namespace, device_name: str, notes: Notes) -> None:
-    if device_name == "cpu":
-        return
-    if args.transformer_impl == "transformer_engine":
-        notes.add(
-            "the model was built from Megatron's local spec: layer numbers and parameter counts "
-            "are those of Transformer Engine's"
-        )
-    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
-        notes.add("CUDA_DEVICE_MAX_CONNECTIONS=1 must be set there (GPUs before Blackwell)")
-    notes.add(
-        f"taken as given: GPUs of compute capability {'.'.join(map(str, ASSUMED_CAPABILITY))} "
-        f"(Hopper), Transformer Engine {ASSUMED_TE} or newer; the GPUs themselves were not looked "
-        "at"
-    )
-
-
-def _audit(
-    args: argparse.Namespace,
-    prores: ProResConfig,
-    groups: WorldGroups,
-    stages: list[StageHolding],
-) -> list[RankReport]:
-    """Audit every rank in the middle of the warmup and at its start.
-
-    Returns:
-        The reports of the start, as a run would make them.
-    """
-    if prores.enabled:
-        # At the start all alphas may be alike: a swapped layer shows where they differ.
-        middle = prores.total_warmup(args.num_layers) // 2
-        audit_world(groups, stages, prores, args.num_layers, middle)
-    return audit_world(groups, stages, prores, args.num_layers, 0)
-
-
-def _whole_model(args: argparse.Namespace, config: Any) -> int:
-    """Count the parameters of the model on one rank: nothing is cut, nothing is there twice."""
-    whole, alone = copy.deepcopy(config), copy.copy(args)
-    sizes = {
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": 1,
-        "context_parallel_size": 1,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
-        "pipeline_model_parallel_layout": None,
-        "account_for_embedding_in_pipeline_split": False,
-        "account_for_loss_in_pipeline_split": False,
-        "mtp_standalone": False,
+def _layout(args: argparse.Namespace) -> dict[str, int]:
+    return {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "virtual": args.virtual_pipeline_model_parallel_size or 1,
+        "context": args.context_parallel_size,
+        "data": args.data_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "expert_tensor": args.expert_tensor_parallel_size,
     }
-    for name, value in sizes.items():
-        if name in vars(whole.transformer):
-            setattr(whole.transformer, name, value)
-        if name in vars(alone):
-            setattr(alone, name, value)
-    alone.world_size = alone.data_parallel_size = alone.num_distributed_optimizer_instances = 1
-    alone.hierarchical_context_parallel_sizes = None
-    with playing(alone, 0):
-        return sum(count(chunk).total for chunk in build_chunks(whole))
+
+
+def _model(args: argparse.Namespace, prores: ProResConfig) -> dict[str, Any]:
+    base = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    low = [f"{name} ({value})" for name in ("fp8", "fp4") if (value := getattr(args, name))]
+    return {
+        "layers": args.num_layers,
+        "hidden_size": args.hidden_size,
+        "ffn_hidden_size": args.ffn_hidden_size,
+        "attention_heads": args.num_attention_heads,
+        "sequence_length": args.seq_length,
+        "padded_vocab_size": args.padded_vocab_size,
+        "norm_placement": prores.norm_placement,
+        "branch_init": prores.initialization,
+        "experts": args.num_experts,
+        "precision": " + ".join([base, *low]),
+    }
+
+
+def _parameters(args: argparse.Namespace, total: int, stages: list[Stage]) -> dict[str, Any]:
+    padding = max(0, args.padded_vocab_size - global_vars.get_tokenizer().vocab_size)
+    matrices = 2 if args.untie_embeddings_and_output_weights else 1
+    return {
+        "total": total,
+        "unpadded": total - matrices * padding * args.hidden_size,
+        "per_rank": [stage.parameters for stage in stages],
+        "per_rank_experts": [stage.expert_parameters for stage in stages],
+    }
+
+
+def _layers(
+    chunks: list[Chunk], openings: list[int | None], timeline: Timeline
+) -> list[dict[str, Any]]:
+    chunk_of = {layer: chunk for chunk in chunks for layer in chunk.layers}
+    return [
+        {
+            "layer": layer,
+            "stage": chunk_of[layer].stage,
+            "virtual_stage": chunk_of[layer].virtual_stage,
+            "opens_after_step": step,
+            "opens_after_samples": None if step is None else timeline.samples_at(step),
+            "opens_after_tokens": None if step is None else timeline.tokens_at(step),
+            "opens_in_training": step is not None and step <= timeline.steps,
+        }
+        for layer, step in enumerate(openings, 1)
+    ]
+
+
+def _training(args: argparse.Namespace, timeline: Timeline) -> dict[str, Any]:
+    return {
+        "steps": timeline.steps,
+        "samples": timeline.samples,
+        "tokens": timeline.tokens,
+        "micro_batch_size": args.micro_batch_size,
+        "global_batch_size": args.global_batch_size,
+        "tokens_per_step": timeline.phases[0].batch_size * args.seq_length,
+        "batch_phases": [dataclasses.asdict(phase) for phase in timeline.phases],
+        "learning_rate": args.lr,
+        "min_learning_rate": args.min_lr,
+        "learning_rate_style": args.lr_decay_style,
+        "learning_rate_warmup_steps": args.lr_warmup_iters,
+        "eval_interval": args.eval_interval,
+        "save_interval": args.save_interval if args.save else None,
+    }
+
+
+def _curves(
+    prores: ProResConfig, num_layers: int, openings: list[int | None], timeline: Timeline
+) -> dict[str, Any]:
+    """Sample alpha until the last layer has opened, or over the whole training if none does."""
+    last = max((step for step in openings if step), default=0)
+    end = math.ceil(1.04 * last) or timeline.steps
+    steps = [end * column // _COLUMNS for column in range(_COLUMNS)] if end else [0]
+    if not prores.enabled:
+        return {"steps": steps, "alphas": [[1.0] * num_layers for _ in steps]}
+    count = timeline.samples_at if prores.unit == "samples" else int
+    alphas = [prores.alphas(count(step), num_layers).tolist() for step in steps]
+    return {"steps": steps, "alphas": alphas}

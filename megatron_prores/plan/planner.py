@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_prores.command_line import device
 from megatron_prores.command_line.arguments import read_prores_flags
+from megatron_prores.command_line.device import prepare
 from megatron_prores.environment import check_environment
+from megatron_prores.flags import told_in_flags
 from megatron_prores.plan.result import Plan
 
 MAIN_PROGRAM = "pretrain_gpt_prores.py"
@@ -24,7 +25,7 @@ def make_plan(
     time_limit: float | None = None,
     seconds_per_step: float | None = None,
 ) -> Plan:
-    """Plan a run without starting it; needs no GPU and write nothing.
+    """Plan a run without starting it. Needs no GPU and writes nothing.
 
     Sets this process up for the CPU device, for good, unless Megatron has been imported on it.
 
@@ -42,54 +43,41 @@ def make_plan(
         UserError: The main program would refuse the command line; the words are its own.
         StopRun: The layers or process groups do not fit together.
     """
-    with _launched(argv, world_size, min(gpus_per_node, world_size)):
+    with told_in_flags(), _as_rank_0(argv, world_size, min(gpus_per_node, world_size)):
         check_environment(os.environ)
-        _, device_name = read_prores_flags(argv)
+        _, device = read_prores_flags(argv)
         # Whatever the run's device: the planner's is the CPU.
-        device.prepare("cpu")
+        prepare("cpu")
         from megatron_prores.plan.build import build_plan
 
-        return build_plan(
-            device_name,
-            gpus_per_node=gpus_per_node,
-            time_limit=time_limit,
-            seconds_per_step=seconds_per_step,
-        )
+        return build_plan(device, gpus_per_node, time_limit, seconds_per_step)
 
 
 @contextmanager
-def _launched(argv: Sequence[str], world_size: int, gpus_per_node: int) -> Iterator[None]:
+def _as_rank_0(argv: Sequence[str], world_size: int, gpus_per_node: int) -> Iterator[None]:
     """Make this process look like rank 0 of the job, for as long as it plans."""
-    launcher = {
+    # The run's launcher sets it; else what Megatron asks of such a run on Hopper.
+    sharded = {"--use-torch-fsdp2", "--use-megatron-fsdp"} & set(argv)
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "32" if sharded else "1")
+    variables = {
         "RANK": "0",
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": str(gpus_per_node),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
-        # Of the caller's environment where it is there: the run's launcher sets it.
-        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get(
-            "CUDA_DEVICE_MAX_CONNECTIONS", _connections(argv)
-        ),
+        "CUDA_DEVICE_MAX_CONNECTIONS": connections,
     }
-    before = {name: os.environ.get(name) for name in launcher}
-    real_argv = sys.argv
-    os.environ.update(launcher)
+    before, words = {name: os.environ.get(name) for name in variables}, sys.argv
+    os.environ.update(variables)
     sys.argv = [MAIN_PROGRAM, *argv]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.argv = real_argv
+        sys.argv = words
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name)
+            if value is not None:
                 os.environ[name] = value
-
-
-def _connections(argv: Sequence[str]) -> str:
-    """Return the CUDA_DEVICE_MAX_CONNECTIONS that Megatron asks of such a run on Hopper."""
-    sharded = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
-    return "32" if sharded & set(argv) else "1"

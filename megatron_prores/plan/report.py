@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
-from megatron_prores.plan.result import LayerPlan, Plan
+from megatron_prores.plan.result import Plan
 
 _WIDTH = 100
 
 
 def text(plan: Plan) -> str:
     """Write a plan for a reader: what fits, who holds what, memory, time, warnings, notes."""
+    model, total = plan.model, plan.parameters["total"]
+    unpadded = plan.parameters["unpadded"]
+    padding = f", {unpadded:,} without padded vocabulary" if unpadded != total else ""
+    title = (
+        f"The model: {model['layers']} layers of width {model['hidden_size']}, {total:,} "
+        f"parameters{padding}, {model['precision']}, norms {model['norm_placement']}"
+    )
     sections = [
         ("The layout fits", [f"  {line}" for line in plan.fits]),
-        (_model_title(plan), _stages(plan)),
+        (title, _stages(plan)),
         ("Every rank", _ranks(plan)),
         ("Training", _training(plan)),
         ("Memory of a rank of the fullest stage", _memory(plan)),
@@ -23,39 +32,7 @@ def text(plan: Plan) -> str:
     return "\n\n".join("\n".join([title, *lines]) for title, lines in sections)
 
 
-def _bullets(lines: list[str]) -> list[str]:
-    return [
-        fill(line, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
-        for line in lines
-    ]
-
-
-def _model_title(plan: Plan) -> str:
-    model, total = plan.model, plan.parameters["total"]
-    unpadded = plan.parameters["unpadded"]
-    padding = f", {unpadded:,} without padded vocabulary" if unpadded != total else ""
-    return (
-        f"The model: {model['layers']} layers of width {model['hidden_size']}, {total:,} "
-        f"parameters{padding}, {model['precision']}, norms {model['norm_placement']}"
-    )
-
-
-def _stages(plan: Plan) -> list[str]:
-    lines = [f"  {'stage':>5} {'virtual':>7}  {'layers':<14} {'opens after step':<20} parameters"]
-    for stage in plan.stages:
-        layers = [layer for layer in plan.layers if layer.layer in set(stage["layers"])]
-        extra = [f"the {name}" for name in ("embedding", "output") if stage[name]]
-        if stage["prediction_layers"]:
-            extra.append(f"{stage['prediction_layers']} prediction layers")
-        note = f"  with {' and '.join(extra)}" if extra else ""
-        lines.append(
-            f"  {stage['stage']:>5} {stage['virtual_stage']:>7}  {_span(stage['layers']):<14} "
-            f"{_openings(layers, plan):<20} {stage['parameters'] / 1e6:.1f}M{note}"
-        )
-    return lines
-
-
-def _span(numbers: list[int]) -> str:
+def span(numbers: Sequence[int]) -> str:
     """Write numbers as spans: 1-4, 7, 9-10."""
     spans: list[list[int]] = []
     for number in numbers:
@@ -66,15 +43,49 @@ def _span(numbers: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "none"
 
 
-def _openings(layers: list[LayerPlan], plan: Plan) -> str:
+def size_of(number: float) -> str:
+    """Write a large number in short: 524.3K, 7.002B."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.4g}{name}"
+    return f"{number:g}"
+
+
+def _wrapped(line: str, mark: str = "") -> str:
+    return fill(
+        line,
+        _WIDTH,
+        initial_indent=f"  {mark}",
+        subsequent_indent="    ",
+        break_long_words=False,
+    )
+
+
+def _bullets(lines: list[str]) -> list[str]:
+    return [_wrapped(line, "- ") for line in lines]
+
+
+def _stages(plan: Plan) -> list[str]:
+    lines = [f"  {'stage':>5} {'virtual':>7}  {'layers':<14} {'opens after step':<20} parameters"]
+    for stage in plan.stages:
+        extra = [f"the {name}" for name in ("embedding", "output") if stage[name]]
+        if stage["prediction_layers"]:
+            extra.append(f"{stage['prediction_layers']} prediction layers")
+        note = f"  with {' and '.join(extra)}" if extra else ""
+        lines.append(
+            f"  {stage['stage']:>5} {stage['virtual_stage']:>7}  {span(stage['layers']):<14} "
+            f"{_openings(stage['layers'], plan):<20} {stage['parameters'] / 1e6:.1f}M{note}"
+        )
+    return lines
+
+
+def _openings(layers: Sequence[int], plan: Plan) -> str:
     if plan.warmup["length"] is None:
         return "always open"
-    steps = [layer.opens_after_step for layer in layers]
+    steps = [plan.layers[layer - 1]["opens_after_step"] for layer in layers]
     known = [step for step in steps if step is not None]
-    if not steps:
-        return ""
     if not known:
-        return "never"
+        return "never" if steps else ""
     low, high = min(known), max(known)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -86,105 +97,80 @@ def _ranks(plan: Plan) -> list[str]:
         if sizes["ranks"] > 1
     )
     pipelines = plan.groups["pipeline"]["groups"]
-    lines = [
-        fill(
-            f"process groups: {kinds or 'one rank alone'}; each kind holds every rank once",
-            _WIDTH,
-            initial_indent="  ",
-            subsequent_indent="    ",
-        )
-    ]
-    lines.append(
-        f"  audit of all {plan.world_size} ranks in {pipelines} "
-        f"pipeline{'s' * (pipelines > 1)}: every layer is held once in each, with its alpha"
-    )
     per_rank = plan.parameters["per_rank"]
     low, high = min(per_rank), max(per_rank)
-    lines.append(
-        f"  parameters per rank: {high:,}"
-        + (f" on stage {per_rank.index(high)}, {low:,} on stage {per_rank.index(low)}"
-           if low != high else "")
-    )  # fmt: skip
-    return lines
+    parameters = f"  parameters per rank: {high:,}"
+    if low != high:
+        parameters += f" on stage {per_rank.index(high)}, {low:,} on stage {per_rank.index(low)}"
+    return [
+        _wrapped(f"process groups: {kinds or 'one rank alone'}; each kind holds every rank once"),
+        f"  audit of all {plan.world_size} ranks in {pipelines} "
+        f"pipeline{'s' * (pipelines > 1)}: every layer is held once in each, with its alpha",
+        parameters,
+    ]
 
 
 def _training(plan: Plan) -> list[str]:
     training, warmup = plan.training, plan.warmup
+    later = training["batch_phases"][1:]
     lines = [
         f"  {training['steps']:,} steps, {training['samples']:,} sequences, "
-        f"{_large(training['tokens'])} tokens; {training['tokens_per_step']:,} tokens a step"
-        + (" at first" if len(training["batch_phases"]) > 1 else "")
+        f"{size_of(training['tokens'])} tokens; {training['tokens_per_step']:,} tokens a step"
+        + (" at first" if later else "")
     ]
-    lines += [
-        f"  from step {phase['first_step']:,}: batch {phase['batch_size']}"
-        for phase in training["batch_phases"][1:]
-    ]
+    for phase in later:
+        lines.append(f"  from step {phase['first_step']:,}: batch {phase['batch_size']}")
     lines.append(
         f"  learning rate {training['learning_rate']:g} ({training['learning_rate_style']})"
     )
     if warmup["length"] is None:
-        lines.append("  no warmup (--prores-schedule none)")
-        return lines
+        return [*lines, "  no warmup (--prores-schedule none)"]
     lines.append(
         f"  ProRes: schedule {warmup['schedule']}, W = {warmup['length']:,} {warmup['unit']}"
     )
-    lines += _layer_times(plan)
-    return lines
+    return lines + _layer_times(plan)
 
 
 def _layer_times(plan: Plan) -> list[str]:
-    """Say when every layer opens, in columns."""
-    late = any(not layer.opens_in_training for layer in plan.layers if layer.opens_after_step)
-    lines = ["  layer: step after which it is fully open (tokens)" + ", * not reached" * late]
+    """Write when every layer opens, in columns."""
+    late = any(not each["opens_in_training"] for each in plan.layers if each["opens_after_step"])
     cells = [_layer_time(layer) for layer in plan.layers]
     width = max(len(cell) for cell in cells) + 3
-    columns = max(1, (_WIDTH - 4) // width)
-    rows = -(-len(cells) // columns)
-    return lines + [
+    rows = -(-len(cells) // max(1, (_WIDTH - 4) // width))
+    return ["  layer: step after which it is fully open (tokens)" + ", * not reached" * late] + [
         "    " + "".join(cell.ljust(width) for cell in cells[row::rows]).rstrip()
         for row in range(rows)
     ]
 
 
-def _layer_time(layer: LayerPlan) -> str:
-    if layer.opens_after_step is None:
-        return f"{layer.layer:>3}: never"
-    mark = "" if layer.opens_in_training else "*"
-    tokens = _large(layer.opens_after_tokens or 0)
-    return f"{layer.layer:>3}: {layer.opens_after_step:,}{mark} ({tokens})"
+def _layer_time(layer: dict[str, Any]) -> str:
+    if (step := layer["opens_after_step"]) is None:
+        return f"{layer['layer']:>3}: never"
+    mark = "" if layer["opens_in_training"] else "*"
+    return f"{layer['layer']:>3}: {step:,}{mark} ({size_of(layer['opens_after_tokens'])})"
 
 
 def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     stage = memory["stages"][memory["fullest_stage"]]
-    return [
+    activations = _gigabytes(memory["upstream_activations"])
+    lines = [
         f"  weights {_gigabytes(stage['weights'])}, gradients {_gigabytes(stage['gradients'])}, "
         f"optimizer {_gigabytes(stage['optimizer'])} (stage {stage['stage']}, from its parameters)",
-        f"  activations {_gigabytes(memory['upstream_activations'])} (Megatron's formula, first "
-        "stage)",
+        f"  activations {activations} (Megatron's formula, first stage)",
         f"  together {_gigabytes(memory['fullest_total'])}; Megatron's own report: "
-        f"{_gigabytes(memory['upstream_weights_and_optimizer'])} + "
-        f"{_gigabytes(memory['upstream_activations'])}",
-        *_logits(plan),
-        "  how far off:",
-        *_bullets(memory["left_out"]),
+        f"{_gigabytes(memory['upstream_weights_and_optimizer'])} + {activations}",
     ]
-
-
-def _logits(plan: Plan) -> list[str]:
-    if plan.layout["pipeline"] == 1:
-        return []
-    return [
-        f"  logits of a micro-batch on the last stage: {_gigabytes(plan.memory['logits'])} more"
-    ]
+    if plan.layout["pipeline"] > 1:
+        lines.append(
+            f"  logits of a micro-batch on the last stage: {_gigabytes(memory['logits'])} more"
+        )
+    lines.append(
+        "  far off for some layers: SwiGLU's activations are 1.4 to 1.5 times as large, and"
+    )
+    lines.append("  CUDA, NCCL and the allocator take a few GB more; see docs/plan.md")
+    return lines
 
 
 def _gigabytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def _large(number: float) -> str:
-    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.4g}{name}"
-    return f"{number:g}"

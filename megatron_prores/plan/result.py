@@ -6,24 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-TABLE_RANKS = 64
-"""A world up to this size has the audit's table in its plan, a line per rank and virtual stage."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One of the L layers."""
-
-    layer: int
-    stage: int
-    virtual_stage: int
-    opens_after_step: int | None
-    """Completed steps from which alpha is 1; None: it never is."""
-    opens_after_samples: int | None
-    opens_after_tokens: int | None
-    opens_in_training: bool
-    """Whether that is within the training."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,8 +16,6 @@ class Plan:
     """Ranks along each kind of parallelism, and virtual stages per pipeline rank."""
     groups: dict[str, dict[str, int]]
     """Kind of process group -> how many there are, of how many ranks."""
-    ranks_played: list[int]
-    """Ranks as which Megatron's own code made the groups."""
     fits: list[str]
     """Every division of the layout, in words."""
     model: dict[str, Any]
@@ -44,7 +24,9 @@ class Plan:
     of these ``per_rank_experts``."""
     stages: list[dict[str, Any]]
     """What each pipeline and virtual stage holds."""
-    layers: list[LayerPlan]
+    layers: list[dict[str, Any]]
+    """Of layer 1..L where it is, and after how many steps, samples and tokens its alpha is 1 (None:
+    never)."""
     layer_map: str
     """As the audit of a run logs it."""
     table: str | None

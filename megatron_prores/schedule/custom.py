@@ -1,7 +1,7 @@
 """A user's own schedule: a table in a file (``file:PATH``), or a function (``module:function``).
 
-Both give alpha(l, t) as the built-in ones of schedule.py do, in the same notation; alpha need not
-rise. Nothing here needs torch or Megatron: both are read and checked before either is imported.
+Both give alpha(l, t) as the built-in ones of formulas.py do, in the same notation; alpha need not
+rise. Nothing here needs torch or Megatron.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prores.errors import UserError
+from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.schedule.formulas import Alphas, find_opening_steps
 from megatron_prores.schedule.table import parse_table
 
-FLAG = "--prores-schedule"
 FILE = "file:"
 MAX_FILE_BYTES = 64 * 2**20
 """Some thousand rows for a hundred layers; every rank reads all of it."""
@@ -66,12 +65,14 @@ class FileSchedule:
             warmup: Not used; the file has its own steps.
 
         Raises:
-            UserError: The table has not one column per layer.
+            ArgumentError: The table has not one column per layer.
         """
         if (columns := self.table.shape[1]) != num_layers:
-            raise UserError(
-                f"{FLAG} {self.name}: the table is for {columns} layers, the model has "
-                f"{num_layers} (--num-layers); give one alpha per layer"
+            raise ArgumentError(
+                Argument("schedule", self.name),
+                f": the table is for {columns} layers, the model has {num_layers} (",
+                Argument("num_layers"),
+                "); give one alpha per layer",
             )
 
     def alphas(self, step: int, num_layers: int, warmup: int) -> Alphas:
@@ -115,33 +116,36 @@ class FunctionSchedule:
             warmup: W, the length of the whole warmup (iterations).
 
         Raises:
-            UserError: It raises an error, returns anything else than L numbers from 0 to 1, or does
-                not return the same again for the same step.
+            ArgumentError: It raises an error, returns anything else than L numbers from 0 to 1, or
+                does not return the same again for the same step.
         """
         around = (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, 2 * warmup)
         steps = sorted({step for step in around if step >= 0})
         first = {step: self.alphas(step, num_layers, warmup) for step in steps}
         for step in reversed(steps):
             if not np.array_equal(self.alphas(step, num_layers, warmup), first[step]):
-                raise UserError(
-                    f"{FLAG} {self.name}: called twice for step {step} it returned different "
-                    "numbers; it must depend on step, layers and warmup alone, or ranks and "
-                    "resumed runs disagree"
+                raise _refusal(
+                    self.name,
+                    f"called twice for step {step} it returned different numbers; it must depend "
+                    "on step, layers and warmup alone, or ranks and resumed runs disagree",
                 )
 
     def alphas(self, step: int, num_layers: int, warmup: int) -> Alphas:
         """Return alpha(1..L, step), float64 [L]. Arguments as :meth:`check`.
 
         Raises:
-            UserError: The function raises an error, or returns anything else than L numbers from 0
-                to 1.
+            ArgumentError: The function raises an error, or returns anything else than L numbers
+                from 0 to 1.
         """
-        where = f"{FLAG} {self.name}: at step {step}, for {num_layers} layers"
+        where = f"at step {step}, for {num_layers} layers"
         try:
             result = self.function(step, num_layers, warmup)
         except Exception as error:
-            raise UserError(f"{where}, it raised {_described(error)}") from error
-        return _checked(result, num_layers, where)
+            raise _refusal(self.name, f"{where}, it raised {_described(error)}") from error
+        try:
+            return _checked(result, num_layers)
+        except ValueError as error:
+            raise _refusal(self.name, f"{where}, {error}") from error
 
     def opening_steps(self, num_layers: int, warmup: int) -> list[int | None]:
         """Return for layer 1..L the first step from which alpha stays 1, None where it never does.
@@ -164,6 +168,22 @@ def is_custom(schedule: str) -> bool:
     return ":" in schedule
 
 
+def check_name(schedule: str) -> None:
+    """Refuse what names neither a file nor a function, without looking for either.
+
+    Raises:
+        ArgumentError: It is neither ``file:PATH``, ending in .csv or .json, nor
+            ``module:function``.
+    """
+    if schedule.startswith(FILE):
+        if _path_of(schedule).suffix.lower() not in (".csv", ".json"):
+            raise _refusal(schedule, "the name must end in .csv or .json")
+        return
+    module_name, _, function_name = schedule.partition(":")
+    if not all(name.isidentifier() for name in [*module_name.split("."), function_name]):
+        raise _refusal(schedule, "write file:PATH for a table, or module:function")
+
+
 def load_schedule(schedule: str) -> CustomSchedule:
     """Read the file, or import the function.
 
@@ -175,51 +195,53 @@ def load_schedule(schedule: str) -> CustomSchedule:
         The schedule; whether it fits a model is up to its ``check``.
 
     Raises:
-        UserError: The file cannot be read or its table is wrong; the module cannot be imported,
-            imports Megatron, or has no such function.
+        ArgumentError: The file cannot be read or its table is wrong; the module cannot be
+            imported, or has no such function.
     """
+    check_name(schedule)
     if schedule.startswith(FILE):
         return _load_file(schedule)
     module_name, _, function_name = schedule.partition(":")
-    names = [*module_name.split("."), function_name]
-    if not all(name.isidentifier() for name in names):
-        raise UserError(f"{FLAG} {schedule}: write file:PATH for a table, or module:function")
     module = _import(schedule, module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
         problem = "is no function" if hasattr(module, function_name) else "is not in it"
-        raise UserError(
-            f"{FLAG} {schedule}: {module_name} was imported, but {function_name} {problem}"
-        )
+        raise _refusal(schedule, f"{module_name} was imported, but {function_name} {problem}")
     source = getattr(module, "__file__", None)
     digest = _sha256(Path(source).read_bytes()) if source and os.path.isfile(source) else None
     return FunctionSchedule(schedule, function, digest)
 
 
 def _load_file(schedule: str) -> FileSchedule:
-    path = Path(os.path.expanduser(schedule.removeprefix(FILE)))
-    ending = path.suffix.lower()
-    if ending not in (".csv", ".json"):
-        raise UserError(f"{FLAG} {schedule}: the name must end in .csv or .json")
+    path = _path_of(schedule)
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{FLAG} {schedule}: not a file")  # a pipe would empty itself
+            raise _refusal(schedule, "not a file")  # a pipe would empty itself
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise UserError(
-            f"{FLAG} {schedule}: cannot read it: {error.strerror}; every node needs this file"
+        raise _refusal(
+            schedule, f"cannot read it: {error.strerror}; every node needs this file"
         ) from error
     if len(data) > MAX_FILE_BYTES:
-        raise UserError(
-            f"{FLAG} {schedule}: more than {MAX_FILE_BYTES // 2**20} MiB; alpha is interpolated, "
-            "so that only the corners of its curves need a row"
+        raise _refusal(
+            schedule,
+            f"more than {MAX_FILE_BYTES // 2**20} MiB; alpha is interpolated, so that only the "
+            "corners of its curves need a row",
         )
     try:
-        steps, table = parse_table(data, ending)
+        steps, table = parse_table(data, path.suffix.lower())
     except ValueError as error:
-        raise UserError(f"{FLAG} {schedule}: {error}") from error
+        raise _refusal(schedule, str(error)) from error
     return FileSchedule(schedule, steps, table, _sha256(data))
+
+
+def _path_of(schedule: str) -> Path:
+    return Path(os.path.expanduser(schedule.removeprefix(FILE)))
+
+
+def _refusal(schedule: str, problem: str) -> ArgumentError:
+    return ArgumentError(Argument("schedule", schedule), f": {problem}")
 
 
 def _sha256(data: bytes) -> str:
@@ -227,22 +249,15 @@ def _sha256(data: bytes) -> str:
 
 
 def _import(schedule: str, module_name: str) -> ModuleType:
-    had_megatron = "megatron.core" in sys.modules
     try:
         with _current_directory_last():
-            module = importlib.import_module(module_name)
+            return importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{FLAG} {schedule}: cannot import {module_name}: {_described(error)}; it must be "
-            "importable from PYTHONPATH or the current directory"
+        raise _refusal(
+            schedule,
+            f"cannot import {module_name}: {_described(error)}; it must be importable from "
+            "PYTHONPATH or the current directory",
         ) from error
-    if "megatron.core" in sys.modules and not had_megatron:
-        # --device cpu has to be in place first.
-        raise UserError(
-            f"{FLAG} {schedule}: importing {module_name} imports Megatron, which is too early: put "
-            "the function into a module that does not"
-        )
-    return module
 
 
 @contextmanager
@@ -272,20 +287,20 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _checked(result: Any, num_layers: int, where: str) -> Alphas:
+def _checked(result: Any, num_layers: int) -> Alphas:
     """Make float64 [L] of what a function returned, or say what is wrong with it."""
     needed = f"it must return {num_layers} numbers from 0 to 1, one per layer"
     try:
         values = np.asarray(result)
     except Exception as error:  # ragged lists; or whatever a user's type does
-        raise UserError(f"{where}, it returned no numbers: {needed}") from error
+        raise ValueError(f"it returned no numbers: {needed}") from error
     if values.dtype.kind not in "biuf":
-        raise UserError(f"{where}, it returned {type(result).__name__}: {needed}")
+        raise ValueError(f"it returned {type(result).__name__}: {needed}")
     if values.shape != (num_layers,):
-        raise UserError(f"{where}, it returned numbers of shape {list(values.shape)}: {needed}")
+        raise ValueError(f"it returned numbers of shape {list(values.shape)}: {needed}")
     values = values.astype(np.float64)  # a copy: the user may change what was returned
     wrong = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN is neither
     if wrong.size:
         layer = int(wrong[0])
-        raise UserError(f"{where}, alpha of layer {layer + 1} is {values[layer]}: {needed}")
+        raise ValueError(f"alpha of layer {layer + 1} is {values[layer]}: {needed}")
     return values

@@ -1,8 +1,8 @@
-"""From start to end of a run: one writer per ``--save``, saved on a signal, an honest exit code.
+"""A run from start to end: the lock on ``--save``, saving on a signal, and the exit code.
 
-Built on Megatron's own mechanism, ``--exit-signal-handler``, which saves after the step during
-which any rank got the signal. Here it is on wherever a run saves, listens to the two signals that
-take a job away, and ends with a code of its own.
+Built on Megatron's ``--exit-signal-handler``, which saves after the step during which any rank got
+the signal. Here it is on wherever a run saves, handles the signals that batch systems send, and the
+run ends with an exit code of its own.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.training.bad_numbers import report_bad_numbers
 from megatron_prores.training.save_lock import SaveLock
-from megatron_prores.upstream import async_writer
+from megatron_prores.upstream.async_writer import end_writers_with_training
 from megatron_prores.upstream.registry import wrap
+from megatron_prores.upstream.tracker_file import write_tracker_atomically
+from megatron_prores.upstream.training_loop import ask_for_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems and launchers send before they end a job."""
@@ -40,13 +40,13 @@ class ExitSignals(DistributedSignalHandler):
     """
 
     def __init__(self, sig: signal.Signals = signal.SIGTERM) -> None:
-        """Take one more signal to listen to, that of ``--exit-signal``."""
+        """Take one more signal, that of ``--exit-signal``."""
         self.signals = sorted({*SIGNALS, sig})
         self.agreed = 0
         """Number of the signal that some rank got, known on all; 0: none."""
 
     def __enter__(self) -> ExitSignals:
-        """Start to listen."""
+        """Set the handlers of the signals."""
         self._received = 0
         self.released = False
         self._before = {each: signal.signal(each, self._note) for each in self.signals}
@@ -63,7 +63,7 @@ class ExitSignals(DistributedSignalHandler):
         return [self.agreed > 0]
 
     def release(self) -> bool:
-        """Stop to listen; False where that has happened."""
+        """Put the earlier handlers back; return False where that has been done."""
         if self.released:
             return False
         for each, handler in self._before.items():
@@ -73,7 +73,7 @@ class ExitSignals(DistributedSignalHandler):
 
 
 class Lifecycle:
-    """What a run holds from its start to its end: its lock on ``--save``, its ear for signals."""
+    """What a run holds from its start to its end: its lock on ``--save``, its signal handlers."""
 
     def __init__(self, args: Any) -> None:
         """Take Megatron's validated arguments, with ``--save`` given."""
@@ -85,20 +85,17 @@ class Lifecycle:
         """The newest checkpoint in ``--save`` that holds exactly what a run at it would save."""
 
     def install(self) -> None:
-        """Get into Megatron's training program.
+        """Put the lock, the signals and the atomic tracker file into Megatron's training program.
 
         Raises:
             RuntimeError: The installed Megatron has other signatures than those relied on.
         """
-        from megatron.training import checkpointing, global_vars, training
-        from megatron.training.datasets import data_samplers
+        from megatron.training import training
 
         self.args.exit_signal_handler = True
-        global_vars._GLOBAL_SIGNAL_HANDLER = self.signals.__enter__()
-        data_samplers.DistributedSignalHandler = ExitSignals
-        async_writer.install()
-        if not isinstance(checkpointing.maybe_msc, WholeTracker):
-            checkpointing.maybe_msc = WholeTracker(checkpointing.maybe_msc)
+        ask_for_signals(self.signals.__enter__())
+        end_writers_with_training()
+        write_tracker_atomically()
         wrap(training, "initialize_megatron", (), self._initialize)
         wrap(training, "load_checkpoint", (), self._load)
         wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
@@ -110,7 +107,7 @@ class Lifecycle:
         return result
 
     def _on_first_rank(self, action: Callable[[SaveLock], str | None]) -> None:
-        """Do something with the lock; where that fails, all ranks stop. Collective."""
+        """Run an action on the lock; where it fails, all ranks stop. Collective."""
         refusal = [""]
         if self.lock is not None:
             try:
@@ -123,6 +120,7 @@ class Lifecycle:
             raise UserError(refusal[0])
 
     def _load(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        """Note the iteration of the checkpoint that the run begins from."""
         result = stock()
         load, save = self.args.load, self.args.save
         if load is not None and result[0] > 0 and os.path.realpath(load) == os.path.realpath(save):
@@ -132,8 +130,8 @@ class Lifecycle:
     def _save(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         """Save, where this run still holds the lock and the checkpoint is not there already.
 
-        A finished run that is started again, and Megatron's check of results, would write the very
-        checkpoint over that the run began from: a kill meanwhile would leave none.
+        A finished run that is started again, and Megatron's check of results, would overwrite the
+        checkpoint that the run began from: a kill meanwhile would leave none.
         """
         if named.get("non_persistent_ckpt"):
             return stock()
@@ -148,7 +146,7 @@ class Lifecycle:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Around the training program: its exit code tells a signal, and the lock is given back.
+        """Run the training program in this: its exit code tells a signal, the lock is released.
 
         Raises:
             SystemExit: With :data:`EXIT_INTERRUPTED`, when a signal ended the run.
@@ -179,28 +177,6 @@ class Lifecycle:
                 self.lock.release()
 
 
-class WholeTracker:
-    """Megatron's file functions, with a tracker file that is the old one or the new, never half.
-
-    Megatron empties the file and then fills it: a run that is killed in between cannot be resumed.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        """Take Megatron's own."""
-        self._stock = stock
-
-    def __getattr__(self, name: str) -> Any:
-        stock = getattr(self._stock, name)
-        return partial(self._open, stock) if name == "open" else stock
-
-    @staticmethod
-    def _open(stock: Callable[..., Any], path: Any, mode: str = "r", **kwargs: Any) -> Any:
-        tracker = Path(str(path)).name == "latest_checkpointed_iteration.txt"
-        if mode == "w" and tracker and not str(path).startswith(_REMOTE):
-            return atomic_write(Path(path))
-        return stock(path, mode, **kwargs)
-
-
 def installed(args: Any) -> contextlib.AbstractContextManager[None]:
     """Prepare a run, and return what its training program is to run in.
 
@@ -214,48 +190,3 @@ def installed(args: Any) -> contextlib.AbstractContextManager[None]:
     run = Lifecycle(args)
     run.install()
     return run.guard()
-
-
-def report_bad_numbers() -> None:
-    """Say in one line where a loss or a gradient was NaN or infinite, and let none pass.
-
-    Megatron's check tells it among many lines, and not at all in the first iteration of a run,
-    whose update would ruin the weights that are saved next.
-
-    Raises:
-        RuntimeError: The installed Megatron has other signatures than those relied on.
-    """
-    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
-
-    def validate_result(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
-        machine, fatal = named["self"], named.get("fatal", True)
-        known = machine.rerun_requested
-        unchecked = machine.mode == RerunMode.DISABLED or not machine.first_iteration_complete
-        if fatal and unchecked and machine.mode != RerunMode.REPORT_DETERMINISM_STATS:
-            if bool(named["rejection_func"](named["result"])):
-                _tell(machine.current_iteration, named, "the run stops")
-                # The other ranks wait for this one, and are ended with it.
-                sys.exit(1)
-            return None
-        result = stock()
-        if fatal and machine.rerun_requested and not known:
-            _tell(
-                machine.current_iteration,
-                named,
-                "Megatron repeats the step to tell bad numbers from bad hardware, then stops",
-            )
-        return result
-
-    needs = ("self", "result", "rejection_func", "message", "fatal")
-    wrap(RerunStateMachine, "validate_result", needs, validate_result)
-
-
-def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
-    # The iteration as the log counts it; Megatron's own lines about it say one more.
-    rank = torch.distributed.get_rank()
-    print(
-        f"error: iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
-        f"(value {float(named['result'])}); {consequence}",
-        file=sys.stderr,
-        flush=True,
-    )

@@ -14,12 +14,14 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.errors import StopRun
 from megatron_prores.model import heterogeneous
 from megatron_prores.model import initial_weights as init
 from megatron_prores.model.specs import prores_layer_spec
-from megatron_prores.upstream import seams as upstream
+from megatron_prores.upstream.optimizer import exclude_embedding_from_weight_decay
 from megatron_prores.upstream.registry import undo
-from megatron_prores.warmup.audit import audit
+from megatron_prores.upstream.training_loop import call_around_steps
+from megatron_prores.warmup.audit import AuditError, audit
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 from megatron_prores.warmup.scalars import log_alphas
 
@@ -39,7 +41,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         The configuration for ``megatron.training.pretrain``.
 
     Raises:
-        UserError: The model cannot be built, or has no such initial weights.
+        UserError: The model cannot be built.
     """
     args.embedding_init_method_std = init.embedding_std(args)
     config = gpt_config_from_args(args)
@@ -52,9 +54,9 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
     # A tied embedding is the output head as well, which decays.
     if args.untie_embeddings_and_output_weights and not prores.embedding_weight_decay:
-        upstream.exclude_embedding_from_weight_decay()
+        exclude_embedding_from_weight_decay()
     else:
-        undo(upstream.exclude_embedding_from_weight_decay)
+        undo(exclude_embedding_from_weight_decay)
     if prores.needs_own_layer:
         config.transformer_layer_spec = partial(
             prores_layer_spec, norm_placement=prores.norm_placement
@@ -62,7 +64,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
     if prores.enabled:
         run = ProResRun(prores, config.num_layers)
         config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
-        upstream.call_around_steps(run.before_forward, run.after_logging)
+        call_around_steps(run.before_forward, run.after_logging)
     else:
         undo(ProResRun.before_forward)
     return config
@@ -109,7 +111,10 @@ class ProResRun:
         step = self.progress(iteration)
         self.warmup.set_step(step)
         if not self.audited:
-            layer_map = audit(self.warmup, step)
+            try:
+                layer_map = audit(self.warmup, step)
+            except AuditError as error:
+                raise StopRun(str(error)) from error
             unit, total = self.config.unit, self.config.total_warmup(self.num_layers)
             summary = (
                 f"schedule {self.config.schedule}, warmup of {total} {unit} over "

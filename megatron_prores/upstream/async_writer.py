@@ -18,9 +18,9 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+from megatron_prores.upstream.registry import replace, stock
 
-_stock_loop = PersistentAsyncCaller.async_loop
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def _die_with_training_process() -> None:
@@ -31,26 +31,29 @@ def _die_with_training_process() -> None:
 
 
 def writer_loop(*args: Any, **kwargs: Any) -> None:
-    """Megatron's loop of the writer, that ends with the training process and with nothing else."""
+    """Run Megatron's loop of the writer; it ends with the training process, and with nothing else.
+
+    A writer that is not forked finds this function by its name.
+    """
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=_die_with_training_process, daemon=True).start()
-    _stock_loop(*args, **kwargs)
+    stock(PersistentAsyncCaller, "async_loop")(*args, **kwargs)
 
 
-def install() -> None:
+def end_writers_with_training() -> None:
     """Make the processes that Megatron starts for saving end with the one that trains.
 
     Those are its writer, which gets our loop, and the server of the queue for written files, which
     is forked here: Megatron would start a new Python for it during the first save of a run, and
     leave that behind when the run is killed.
     """
-    PersistentAsyncCaller.async_loop = staticmethod(writer_loop)
-    end_children_with_parent()
+    replace(PersistentAsyncCaller, end_writers_with_training, async_loop=writer_loop)
+    _end_children_with_parent()
     filesystem_async.get_write_results_queue("fork")
 
 
-def end_children_with_parent() -> None:
+def _end_children_with_parent() -> None:
     """Let every process that is forked from now on end when the one that forked it is killed.
 
     Linux only; elsewhere it does nothing.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prores.errors import StopRun
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
 _FAULTS_SHOWN = 20
@@ -47,7 +46,7 @@ class RankReport:
     layers: tuple[HeldLayer, ...]
 
 
-class AuditError(StopRun):
+class AuditError(RuntimeError):
     """The ranks disagree. The message says how, and draws who holds what."""
 
 
@@ -95,7 +94,7 @@ def find_faults(reports: list[RankReport], expected_alphas: list[float]) -> list
         if report.settings != reports[0].settings:
             faults.append(
                 f"rank {report.rank} runs {report.settings}, rank {reports[0].rank} runs "
-                f"{reports[0].settings}: start all ranks with the same flags"
+                f"{reports[0].settings}: start all ranks with the same settings"
             )
     holders: dict[tuple[int, int], list[HeldLayer]] = defaultdict(list)
     for report in reports:
@@ -161,10 +160,13 @@ def layer_map(
 
 
 def audit(warmup: ResidualWarmup, step: int) -> str:
-    """Exchange the reports of all ranks and check them. Collective: every rank must call it.
+    """Check that all ranks agree about the layers. Collective: every rank must call it.
+
+    Every rank reports the layers that it holds with their alpha, and all compare: each layer 1..L
+    must be in every pipeline once, with the alpha of the schedule.
 
     Args:
-        warmup: The warmup of this rank, set to ``step``.
+        warmup: The warmup of this rank, set to ``step`` with ``set_step``.
         step: Step of the schedule, in its unit.
 
     Returns:

@@ -28,7 +28,12 @@ class ResidualWarmup:
             config: The schedule and its length.
             num_layers: L, the layers of the whole model.
             model_chunks: The model chunks of this rank, wrapped or not, one per virtual stage.
+
+        Raises:
+            ArgumentError: A schedule of the user's own cannot be read, or is for another number of
+                layers.
         """
+        config.check_layers(num_layers)
         self.config = config
         self.num_layers = num_layers
         self.chunks: list[list[ProResLayerMixin]] = []

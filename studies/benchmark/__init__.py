@@ -1,11 +1,9 @@
-"""What ProRes costs, and how fast training is: stock Megatron against ProRes, in one process.
+"""What ProRes costs, and how fast training is: ``python -m studies.benchmark``.
 
-Two suites share what is here. :mod:`~studies.benchmark.placements` compares the norm
-placements at one size, on a laptop too; :mod:`~studies.benchmark.sizes` measures the
-published sizes on a GPU, in bf16 and FP8.
-
-:mod:`~studies.benchmark.model` holds the models and Megatron's flags for them,
-:mod:`~studies.benchmark.trainee` builds them and runs whole training steps,
-:mod:`~studies.benchmark.measure` times them in turn and counts their memory, and
-:mod:`~studies.benchmark.machine` says on what.
+A case is a model, a precision and the sides that are compared; :mod:`~studies.benchmark.cases` is
+the table of them. :mod:`~studies.benchmark.main` runs one after the other, each by
+:mod:`~studies.benchmark.worker` in a process of its own, which builds the models
+(:mod:`~studies.benchmark.trainee`), counts their memory and times them in turn
+(:mod:`~studies.benchmark.measure`). :mod:`~studies.benchmark.report` makes the table and the
+verdicts from what they have measured.
 """

@@ -2,110 +2,45 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
+import contextlib
 import importlib.metadata
-import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
-from megatron_prores.environment import is_installed
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+_PACKAGES = ("megatron-core", "transformer-engine", "apex", "flash-attn")
 
 
 def commit() -> str:
-    """Return the commit of this clone, and whether something in it was changed since."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain")
-        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: not a git clone"
+    """Return the commit of this clone, with "-dirty" where a file of it was changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = ""
+    with contextlib.suppress(OSError):
+        command += ["--exclude=*", "--abbrev=12"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found or "unknown: not a git clone"
 
 
-def source_digest() -> str:
-    """Return a digest of this package's source: it names the code where there is no git clone."""
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def processor(device: str) -> str:
-    """Name the GPU, or the processor with the number of torch's threads."""
+def describe(device: str) -> dict[str, str]:
+    """Name the GPU, or the processor with the number of torch's threads, and the versions."""
+    found = {"machine": _processor(), "python": platform.python_version()}
+    found["torch"] = torch.__version__
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def memory_bytes(device: str) -> int:
-    """Return the memory of the GPU, or of the machine."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def capability(device: str) -> tuple[int, int] | None:
-    """Return the GPU's compute capability, None on the CPU."""
-    return torch.cuda.get_device_capability() if device == "cuda" else None
-
-
-def driver() -> str:
-    """Return the version of the GPU's driver, or "unknown"."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    lines = result.stdout.split()
-    return lines[0] if result.returncode == 0 and lines else "unknown"
-
-
-def versions(device: str) -> dict[str, str]:
-    """Return the versions that a figure depends on: name -> version, or "not installed"."""
-    found = {"torch": torch.__version__, "megatron-core": _version("megatron-core")}
-    if device == "cuda":
-        found["CUDA of torch"] = str(torch.version.cuda)
-        found["transformer-engine"] = _version("transformer-engine", "transformer_engine")
-        found["apex"] = "installed" if is_installed("apex") else "not installed"
-        found["flash-attn"] = _version("flash-attn")
-    return found
-
-
-def _version(*names: str) -> str:
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def environment(device: str) -> dict[str, str]:
-    """Say when, with which code and with which driver something was measured."""
-    found = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "source": source_digest(),
-        "python": platform.python_version(),
+        found["machine"] = torch.cuda.get_device_name()
+        found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
+    installed = {
+        each.name.lower().replace("_", "-"): each.version
+        for each in importlib.metadata.distributions()
     }
-    if device == "cuda":
-        found["driver"] = driver()
-    return found
+    return found | {name: installed.get(name, "not installed") for name in _PACKAGES}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", path.read_text(), re.M) if path.exists() else None
+    threads = torch.get_num_threads()
+    return f"{named[1] if named else platform.machine()}, {threads} thread{'s' * (threads > 1)}"

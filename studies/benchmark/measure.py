@@ -1,4 +1,4 @@
-"""How two models are compared: in turn, so that both see the same machine."""
+"""How models are compared: timed in turn, so that all see the same machine; memory counted."""
 
 from __future__ import annotations
 
@@ -7,126 +7,101 @@ import gc
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-_RESAMPLES = 2000
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """The median of ratios, and how sure it is."""
+class Ratio(NamedTuple):
+    """The median of ratios, and the ends of its 95 % bootstrap interval."""
 
     median: float
     low: float
-    """Lower end of the median's 95 % bootstrap interval."""
     high: float
-    """Upper end of it."""
 
 
-def interleave(
-    steps: dict[str, Callable[[], float]],
-    repetitions: int,
-    seed: int = 1234,
-    go_on: Callable[[int], bool] = lambda done: True,
-) -> dict[str, list[float]]:
-    """Call every function once per repetition, each time in another random order.
+def interleave(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every function once per round, each time in another random order.
 
-    Whatever slows the machine down for a while so slows down all of them alike, and none always
-    runs on the caches that a certain other one has left.
+    What slows the machine down for a while so slows down all of them, and none always runs on the
+    caches that a certain other one has left.
 
     Args:
-        steps: Name -> a function that gives the seconds that it took.
-        repetitions: How often each is called.
-        seed: Of the order.
-        go_on: Asked before each repetition, with the number of those done, whether to do it.
+        sides: Name -> a function that returns the seconds that it took.
+        rounds: How often each is called.
 
     Returns:
-        Name -> seconds, by repetition.
+        Name -> seconds, by round.
     """
-    order = random.Random(seed)
-    names = list(steps)
+    order = random.Random(1234)
+    names = list(sides)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
     gc.freeze()
-    for done in range(repetitions):
-        if not go_on(done):
-            break
-        # The collector runs between steps, not in some of them.
-        gc.collect()
+    for _ in range(rounds):
         order.shuffle(names)
+        # The collector runs between rounds, not in some of the steps.
+        gc.collect()
         gc.disable()
         try:
             for name in names:
-                seconds[name].append(round(steps[name](), 6))
+                seconds[name].append(round(sides[name](), 6))
         finally:
             gc.enable()
     gc.unfreeze()
     return seconds
 
 
-def ratio(seconds: list[float], base: list[float], seed: int = 1234) -> Ratio:
-    """Return the median of the ratios within repetitions, with its bootstrap interval.
+def ratio(seconds: list[float], base: list[float]) -> Ratio:
+    """Return the median of the ratios within rounds, with its bootstrap interval.
 
     Args:
-        seconds: By repetition.
+        seconds: By round.
         base: The same of what is compared with.
-        seed: Of the resampling.
     """
     ratios = np.asarray(seconds) / np.asarray(base)
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+    picks = np.random.default_rng(1234).integers(len(ratios), size=(2000, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
     return Ratio(statistics.median(ratios.tolist()), float(low), float(high))
 
 
-@dataclass
-class Peak:
-    """What :func:`peak_memory` found."""
-
-    bytes: int = 0
-
-
 @contextlib.contextmanager
-def peak_memory(device: str) -> Iterator[Peak]:
+def peak_memory(device: str) -> Iterator[Callable[[], int]]:
     """Count the memory that is allocated for tensors within the block, at its fullest.
 
     On the GPU by the statistics of torch's allocator, and on the CPU by the record that torch's
-    profiler keeps of every call of its allocator. That is what ``torch.cuda.max_memory_allocated``
-    says, on the CPU too: exact, and the same on every run, which the resident set is not.
+    profiler keeps of every call of its allocator: exact, and the same on every run, which the
+    resident set is not.
 
     Args:
         device: "cuda" or "cpu".
+
+    Yields:
+        A function that returns the bytes, once the block is left.
     """
+    from megatron.core import parallel_state
+
+    # The buffers that Megatron keeps for the life of a process and shares among models.
+    parallel_state.destroy_global_memory_buffer()
+    parallel_state._set_global_memory_buffer()
     gc.collect()
-    _forget_scratch_memory()
-    peak = Peak()
-    # What waits for the collector would count, and when the collector comes is chance.
-    gc.disable()
+    gc.disable()  # what waits for the collector would count, and when it comes is chance
     try:
         if device == "cuda":
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            yield peak
-            peak.bytes = torch.cuda.max_memory_allocated() - before
+            yield lambda: torch.cuda.max_memory_allocated() - before
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            yield peak
+            yield lambda: _peak_of(profile)
     finally:
         gc.enable()
-    # The summary and the operators of the profile tell of net figures only.
-    events = profile.profiler.kineto_results.events()
+
+
+def _peak_of(profile: torch.profiler.profile) -> int:
+    # The summary and the operators of the profile have net figures only.
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    held = np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])])
-    peak.bytes = int(held.max())
-
-
-def _forget_scratch_memory() -> None:
-    """Drop the buffers that Megatron keeps for the life of a process and share among models."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_global_memory_buffer()
-    parallel_state._set_global_memory_buffer()
+    return int(np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])]).max())

@@ -30,53 +30,42 @@ from megatron.training.initialize import initialize_megatron, set_jit_fusion_opt
 
 from megatron_prores.command_line.arguments import parse_args
 from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.errors import UserError
 from megatron_prores.launch.network import set_single_process_env
-from megatron_prores.model import initial_weights as init
+from megatron_prores.model import initial_weights
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.training.gpt import Batch, forward_step
-from megatron_prores.upstream import seams as upstream
+from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
-
-STOCK = "stock"
-"""In place of a schedule: Megatron's own layer, not ours with all layers open."""
+from studies.benchmark.cases import Side
 
 WARMUP_ITERS_PER_LAYER = 1000
-"""T of the paper. The steps during warmup are taken around T / 2, where no layer is open yet."""
+"""T of the paper. The steps during warmup are taken from T / 2 on, where no layer is open yet."""
 
 BATCHES = 4
 
 
-def start_megatron(device: str, argv: list[str]) -> argparse.Namespace:
+def start_megatron(device: str, flags: list[str]) -> argparse.Namespace:
     """Parse Megatron's flags and start its only rank.
 
     Args:
         device: "cuda" or "cpu", made ready by ``device.prepare`` already.
-        argv: The command line of a training run.
-
-    Returns:
-        Megatron's arguments.
+        flags: The command line of a training run.
 
     Raises:
-        UserError: Megatron refuses the flags, or there are more ranks.
+        UserError: Megatron refuses the flags.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("the benchmark is a program of one process: start it without torchrun")
     set_single_process_env()
-    upstream.use_prebuilt_dataset_helpers()
-    program, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        parse_args(device)
-    finally:
-        sys.argv = program
-    args = get_args()
+    use_prebuilt_dataset_helpers()
+    sys.argv = [sys.argv[0], *flags]
+    parse_args(device)
     initialize_megatron()
+    args = get_args()
     set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
     return args
 
 
 def synthetic_batches(args: argparse.Namespace) -> list[Batch]:
-    """Make micro-batches as Megatron's data loader hands them out, on the device already.
+    """Make micro-batches as Megatron's data loader returns them, on the device already.
 
     Tokens are as frequent as words are in a text (Zipf's law): the gradient of the embedding meets
     the same row many times, as in training.
@@ -103,22 +92,19 @@ def synthetic_batches(args: argparse.Namespace) -> list[Batch]:
 class Trainee:
     """One model with its optimizer, ready for training steps."""
 
-    def __init__(
-        self, schedule: str, norm_placement: str, attention: str, fp8: str | None = None
-    ) -> None:
+    def __init__(self, side: Side, norm_placement: str, attention: str, fp8: str | None) -> None:
         """Build the model, its data-parallel wrapper and its optimizer from Megatron's flags.
 
         Args:
-            schedule: A ProRes schedule; ``none``: no schedule; :data:`STOCK`: Megatron's layer.
+            side: Whose model it is.
             norm_placement: One of ``placement.PLACEMENTS``.
             attention: Megatron's ``--attention-backend``.
             fp8: Megatron's ``--fp8-format``, whatever its flags say; None for no FP8.
         """
         args = get_args()
-        # What depends on it hangs on the model's configuration, which is made from it below.
-        args.fp8 = fp8
+        args.fp8 = fp8  # the model's configuration is made from it below
         prores = ProResConfig(
-            schedule=OFF if schedule == STOCK else schedule,
+            schedule=side.schedule or OFF,
             warmup_iters_per_layer=WARMUP_ITERS_PER_LAYER,
             norm_placement=norm_placement,
         )
@@ -127,9 +113,9 @@ class Trainee:
             os.environ.pop(name, None)
         config = gpt_config_from_args(args)
         config.transformer.attention_backend = AttnBackend[attention]
-        init.configure(config.transformer, prores)
-        config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_init, prores)]
-        if schedule != STOCK:
+        initial_weights.configure(config.transformer, prores)
+        config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_weights, prores)]
+        if side.schedule is not None:
             config.transformer_layer_spec = partial(
                 prores_layer_spec, norm_placement=norm_placement
             )
@@ -147,13 +133,11 @@ class Trainee:
         self.config.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
         self.data = RerunDataIterator(itertools.cycle(synthetic_batches(args)))
-        self.warmup: ResidualWarmup | None = None
-        if prores.enabled:
-            self.warmup = ResidualWarmup(prores, args.num_layers, self.model)
+        self.warmup = ResidualWarmup(prores, args.num_layers, self.model)
         self.steps = 0
 
     def copy_weights(self, other: Trainee) -> None:
-        """Take over the weights of another model of the same placement, FP8 or not."""
+        """Copy the weights of another model of the same placement, FP8 or not."""
         theirs = dict(other.model[0].named_parameters())
         with torch.no_grad():
             # Parameter by parameter: a state dict has Transformer Engine's FP8 scales in it too.
@@ -164,27 +148,10 @@ class Trainee:
         self.optimizer.reload_model_params()
 
     def alphas(self) -> list[float]:
-        """Return what the layers multiply their branches by; 1 where they are Megatron's own."""
-        if self.warmup is None:
-            return [1.0]
+        """Return what the layers multiply their branches by; nothing for Megatron's own layers."""
         return [layer.alpha.item() for chunk in self.warmup.chunks for layer in chunk]
 
-    def step(self, opened: bool = False) -> tuple[float, float]:
-        """Train for one step: sets alpha, runs forward and backward, updates the weights.
-
-        Args:
-            opened: Whether the warmup is over, rather than under way.
-
-        Returns:
-            Seconds, and the loss.
-        """
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        losses = self._step(opened)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, float(losses["lm loss"])
-
-    def block(self, steps: int, opened: bool) -> float:
+    def train(self, steps: int, opened: bool) -> tuple[float, float]:
         """Train for some steps in a row, and wait for the device once, after the last one.
 
         Args:
@@ -192,41 +159,35 @@ class Trainee:
             opened: Whether the warmup is over, rather than under way.
 
         Returns:
-            Seconds per step.
+            Seconds per step, and the last loss.
         """
-        # Where a block before had the layers at another alpha, that is not the cost of this one.
+        # If the steps before had other alphas, that is not the cost of these.
         self._set_alpha(opened)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            self._step(opened)
+            self._set_alpha(opened)
+            losses: Any = training.train_step(
+                forward_step,
+                self.data,
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.config,
+                self.forward_backward,
+                iteration=self.steps,
+            )[0]
+            self.steps += 1
         torch.cuda.synchronize()
-        return (time.perf_counter() - start) / steps
+        return (time.perf_counter() - start) / steps, float(losses["lm loss"])
 
     def _set_alpha(self, opened: bool) -> None:
         half = WARMUP_ITERS_PER_LAYER // 2
-        t = half + self.steps % half
-        if opened:
-            t += WARMUP_ITERS_PER_LAYER * get_args().num_layers
-        if self.warmup is not None:
-            self.warmup.set_step(t)
-
-    def _step(self, opened: bool) -> dict[str, torch.Tensor]:
-        self._set_alpha(opened)
-        result: Any = training.train_step(
-            forward_step,
-            self.data,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.config,
-            self.forward_backward,
-            iteration=self.steps,
-        )
-        self.steps += 1
-        return result[0]
+        after = WARMUP_ITERS_PER_LAYER * get_args().num_layers if opened else 0
+        if self.warmup.config.enabled:
+            self.warmup.set_step(after + half + self.steps % half)
 
 
-def _finish_init(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
-    init.finish(model_chunks, prores)
+def _finish_weights(prores: ProResConfig, model_chunks: list[Any]) -> list[Any]:
+    initial_weights.finish(model_chunks, prores)
     return model_chunks

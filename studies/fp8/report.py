@@ -1,14 +1,23 @@
-"""The figures of the study as tables."""
+"""The figures of the study as tables, and their place in a document.
+
+    python -m studies.fp8.report docs/fp8.md docs/fp8
+
+A document asks with a line ``<!-- figures: NAME KIND ARGUMENTS -->`` for a table of NAME.json; what
+is between it and the next ``<!-- end of figures -->`` is replaced.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_prores.config import OFF
+from megatron_prores.errors import UserError, run_program
 from studies.fp8.recipes import BF16
 from studies.fp8.record import LINEARS
 
@@ -16,7 +25,11 @@ LAST_STEPS = 20
 """Steps over whose losses a run's final loss is the mean."""
 
 Document = dict[str, Any]
+"""A ``header``, and the ``runs``."""
 Run = dict[str, Any]
+"""What ``run.train`` returns."""
+Recipes = dict[str, list[Run]]
+"""By recipe, one run per seed."""
 
 
 def write_json(path: Path, document: Document) -> None:
@@ -26,187 +39,186 @@ def write_json(path: Path, document: Document) -> None:
     path.write_text(f'{start},\n "runs": [\n{lines}\n]}}\n')
 
 
-def read_json(path: Path) -> Document:
-    """Read what :func:`write_json` wrote."""
-    return dict(json.loads(path.read_text()))
-
-
-def figures(
-    runs: Iterable[Run],
-    column: str,
-    step: int,
-    layer: int | None = None,
-    linears: tuple[str, ...] = LINEARS,
-) -> list[float]:
-    """Return one column of the runs' gradients at one step, of all layers or one, without None."""
-    found = []
-    for run in runs:
-        at = {name: place for place, name in enumerate(run["columns"])}
-        for row in run["gradients"]:
-            if row[at["step"]] != step or (layer is not None and row[at["layer"]] != layer):
-                continue
-            if row[at["linear"]] in linears and row[at[column]] is not None:
-                found.append(row[at[column]])
-    return found
-
-
-def steps_of(runs: Iterable[Run]) -> list[int]:
-    """List the steps whose gradients were kept."""
-    return sorted({row[0] for run in runs for row in run["gradients"]})
-
-
-def groups(document: Document) -> dict[tuple[str, str], dict[str, list[Run]]]:
-    """Sort the runs: (placement, schedule) -> recipe -> one run per seed."""
-    sorted_runs: dict[tuple[str, str], dict[str, list[Run]]] = {}
+def groups(document: Document) -> dict[tuple[str, str], Recipes]:
+    """Sort the runs by placement and schedule."""
+    sorted_runs: dict[tuple[str, str], Recipes] = {}
     for run in document["runs"]:
         group = sorted_runs.setdefault((run["placement"], run["schedule"]), {})
         group.setdefault(run["recipe"], []).append(run)
     return sorted_runs
 
 
-def lost_part(runs: list[Run], step: int) -> float | None:
-    """Return the part of the micro-batches of which nothing was left, over layers and linears."""
-    whole = sum(figures(runs, "micro_batches", step))
-    return sum(figures(runs, "lost", step)) / whole if whole else None
+def title(placement: str, schedule: str) -> str:
+    """Name a group of runs."""
+    return f"{placement}, {'no ProRes' if schedule == OFF else Path(schedule).stem}"
 
 
-def final_loss(run: Run) -> float:
-    """Return the mean loss of the last steps."""
-    return statistics.fmean(run["loss"][-LAST_STEPS:])
+def figures(runs: Iterable[Run], column: str, **where: int | str) -> list[Any]:
+    """Return a column of the runs' gradients, without None.
+
+    ``where`` chooses the rows: other columns and their values.
+    """
+    rows = (dict(zip(run["columns"], row, strict=True)) for run in runs for row in run["gradients"])
+    chosen = (row[column] for row in rows if where.items() <= row.items())
+    return [value for value in chosen if value is not None]
 
 
-def recipe_table(recipes: dict[str, list[Run]]) -> list[str]:
-    """Tabulate what each recipe did to the gradients, step by step, over all layers."""
-    every = [run for runs in recipes.values() for run in runs]
-    steps = steps_of(every)
-    early, last = [step for step in steps if 0 <= step <= 3], steps[-1]
-    columns = {
-        "lost": [(f"lost, t = {step}", step, "lost") for step in early],
-        "saturated": [(f"saturated, t = {s}", s, "first_saturated") for s in early[2:]],
-        "flushed": [(f"flushed, t = {last}", last, "flushed")],
-        "error": [(f"error, t = {s}", s, "error") for s in (*early[1:], last)],
-    }
-    cells = [cell for kind in columns.values() for cell in kind]
-    lines = _head(["recipe", *(name for name, _, _ in cells)])
-    for recipe, runs in recipes.items():
-        if recipe == BF16:
-            continue
-        row = [recipe]
-        for _, step, column in cells:
-            if column == "lost":
-                row.append(_percent(lost_part(runs, step)))
-            else:
-                values = figures(runs, column, step)
-                row.append(_percent(statistics.fmean(values) if values else None))
-        lines.append(_row(row))
-    return lines
+def mean(runs: Iterable[Run], column: str, **where: int | str) -> float | None:
+    """Return the mean of a column; of "lost" it is the part of the micro-batches."""
+    values = figures(runs, column, **where)
+    if column == "lost":
+        return sum(values) / sum(figures(runs, "micro_batches", **where))
+    return statistics.fmean(values) if values else None
 
 
-def layer_table(runs: list[Run], steps: Iterable[int] = (1, 2, 3)) -> list[str]:
-    """Tabulate one recipe by layer and step: the first micro-batch of each step."""
-    layers = sorted({row[1] for run in runs for row in run["gradients"]})
-    kept = [step for step in steps if step in steps_of(runs)]
-    names = ["lost", "flushed", "saturated"]
-    lines = _head(["layer", *(f"{name}, t = {step}" for step in kept for name in names)])
-    for layer in layers:
-        row = [str(layer)]
-        for step in kept:
-            whole = sum(figures(runs, "micro_batches", step, layer))
-            lost = sum(figures(runs, "lost", step, layer))
-            row.append(f"{lost} of {whole}")
-            for column in ("first_flushed", "first_saturated"):
-                values = figures(runs, column, step, layer)
-                row.append(_percent(max(values) if values else None))
-        lines.append(_row(row))
-    return lines
+def steps_of(runs: Iterable[Run]) -> list[int]:
+    """List the steps whose gradients were kept."""
+    return sorted(set(figures(runs, "step")))
 
 
-def growth_table(recipes: dict[str, list[Run]], steps: Iterable[int] = (2, 3, 4, 5)) -> list[str]:
-    """Tabulate by how much the gradients' largest element grew, without any FP8."""
-    runs = recipes[BF16]
-    kept = [step for step in steps if {step - 1, step} <= set(steps_of(runs))]
-    lines = _head(["linear", *(f"t = {step - 1} to {step}" for step in kept)])
-    for linear in LINEARS:
-        row = [linear]
-        for step in kept:
-            before = figures(runs, "amax", step - 1, linears=(linear,))
-            after = figures(runs, "amax", step, linears=(linear,))
-            ratios = [new / old for old, new in zip(before, after, strict=True) if old]
-            row.append(
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                if ratios
-                else "-"
-            )
-        lines.append(_row(row))
-    return lines
+def recipe_table(document: Document, placement: str, schedule: str) -> list[str]:
+    """Tabulate what each recipe did to the gradients in the first steps and in the last one."""
+    recipes = groups(document)[placement, schedule]
+    steps = steps_of(recipes[BF16])
+    early, last = [step for step in steps if step <= 3], steps[-1]
+    cells = [("lost", "lost", step) for step in early]
+    cells += [("saturated", "first_saturated", step) for step in early if step > 1]
+    cells += [("flushed", "flushed", last)]
+    cells += [("error", "error", step) for step in (*early, last) if step > 0]
+    return _percent_table(recipes, [(f"{name}, t = {t}", column, t) for name, column, t in cells])
 
 
-def step_table(recipes: dict[str, list[Run]], column: str) -> list[str]:
-    """Tabulate one column of the gradients by recipe and step: the mean over all layers."""
-    every = [run for runs in recipes.values() for run in runs]
-    steps = steps_of(every)
-    lines = _head(["recipe", *(f"t = {step}" for step in steps)])
+def step_table(document: Document, placement: str, schedule: str, column: str) -> list[str]:
+    """Tabulate one column of the gradients by recipe and step."""
+    recipes = groups(document)[placement, schedule]
+    cells = [(f"t = {step}", column, step) for step in steps_of(recipes[BF16])]
+    return _percent_table(recipes, cells)
+
+
+def _percent_table(recipes: Recipes, cells: list[tuple[str, str, int]]) -> list[str]:
+    """Tabulate (title, column, step), of all layers, by recipe."""
+    lines = [["recipe", *(name for name, _, _ in cells)]]
     for recipe, runs in recipes.items():
         if recipe != BF16:
-            found = [figures(runs, column, step) for step in steps]
-            means = [statistics.fmean(values) if values else None for values in found]
-            lines.append(_row([recipe, *map(_percent, means)]))
-    return lines
+            means = (mean(runs, column, step=step) for _, column, step in cells)
+            lines.append([recipe, *map(_percent, means)])
+    return _table(lines)
+
+
+def layer_table(
+    document: Document, placement: str, schedule: str, recipe: str, *steps: str
+) -> list[str]:
+    """Tabulate one recipe by layer and step: the first micro-batch of each step."""
+    runs = groups(document)[placement, schedule][recipe]
+    names = ("lost", "flushed", "saturated")
+    lines = [["layer", *(f"{name}, t = {step}" for step in steps for name in names)]]
+    for layer in sorted(set(figures(runs, "layer"))):
+        line = [str(layer)]
+        for step in map(int, steps):
+            lost = sum(figures(runs, "lost", step=step, layer=layer))
+            whole = sum(figures(runs, "micro_batches", step=step, layer=layer))
+            line.append(f"{lost} of {whole}")
+            for column in ("first_flushed", "first_saturated"):
+                values = figures(runs, column, step=step, layer=layer)
+                line.append(_percent(max(values, default=None)))
+        lines.append(line)
+    return _table(lines)
+
+
+def growth_table(document: Document, placement: str, schedule: str) -> list[str]:
+    """Tabulate by how much the gradients' largest element grew: median and range over layers."""
+    runs = groups(document)[placement, schedule][BF16]
+    steps = range(2, 6)
+    lines = [["linear", *(f"t = {step - 1} to {step}" for step in steps)]]
+    for linear in LINEARS:
+        line = [linear]
+        for step in steps:
+            before = figures(runs, "amax", step=step - 1, linear=linear)
+            after = figures(runs, "amax", step=step, linear=linear)
+            ratios = sorted(new / old for old, new in zip(before, after, strict=True))
+            line.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        lines.append(line)
+    return _table(lines)
 
 
 def loss_table(document: Document) -> list[str]:
     """Tabulate the final losses, and the differences from bf16 on the same seeds."""
     found = groups(document)
-    names = [
-        f"{placement}, {'no ProRes' if schedule == OFF else schedule}"
-        for placement, schedule in found
-    ]
-    lines = _head(["recipe", *names])
-    for recipe in dict.fromkeys(name for group in found.values() for name in group):
-        row = [recipe]
-        for group in found.values():
-            row.append(_difference(group.get(recipe), group.get(BF16), recipe == BF16))
-        lines.append(_row(row))
-    return lines
+    lines = [["recipe", *(title(*group) for group in found)]]
+    for recipe in dict.fromkeys(run["recipe"] for run in document["runs"]):
+        line = [recipe]
+        for recipes in found.values():
+            losses, base = map(_final_losses, (recipes[recipe], recipes[BF16]))
+            pairs = zip(losses, base, strict=True)
+            shown = (f"{a:.3f}" if recipe == BF16 else f"{a - b:+.3f}" for a, b in pairs)
+            line.append(", ".join(shown))
+        lines.append(line)
+    return _table(lines)
 
 
-def _difference(runs: list[Run] | None, base: list[Run] | None, is_base: bool) -> str:
-    if not runs or not base:
-        return "-"
-    losses = [final_loss(run) for run in runs]
-    if is_base:
-        return ", ".join(f"{loss:.3f}" for loss in losses)
-    return ", ".join(
-        f"{loss - final_loss(other):+.3f}" for loss, other in zip(losses, base, strict=True)
-    )
+def _final_losses(runs: list[Run]) -> list[float]:
+    return [statistics.fmean(run["loss"][-LAST_STEPS:]) for run in runs]
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
+    "recipes": recipe_table,
+    "steps": step_table,
+    "layers": layer_table,
+    "growth": growth_table,
+    "losses": loss_table,
+}
+"""By the names that a document asks for them with."""
 
 
 def as_text(document: Document) -> str:
-    """Render everything as Markdown."""
+    """Render what every study has in common as Markdown."""
     lines = [f"- {name}: {value}" for name, value in document["header"].items()]
-    for (placement, schedule), recipes in groups(document).items():
-        name = f"{placement}, {'no ProRes' if schedule == OFF else schedule}"
-        lines += ["", f"### {name}", "", *recipe_table(recipes)]
-        if BF16 in recipes and schedule != OFF:
-            lines += ["", "Growth of the largest element, bf16:", "", *growth_table(recipes)]
-        if "delayed" in recipes:
-            lines += ["", "delayed, by layer:", "", *layer_table(recipes["delayed"])]
+    for group in groups(document):
+        lines += ["", f"### {title(*group)}", "", *recipe_table(document, *group)]
     lines += ["", f"### Loss, mean of the last {LAST_STEPS} steps", "", *loss_table(document)]
     return "\n".join(lines) + "\n"
 
 
-def _head(names: list[str]) -> list[str]:
-    return [_row(names), "|" + "---|" * len(names)]
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(lines: list[list[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return [head, "|" + "---|" * len(lines[0]), *body]
 
 
 def _percent(part: float | None) -> str:
     if part is None:
         return "-"
-    percent = 100 * part
-    if percent == 0:
+    if part == 0:
         return "0"
-    return f"{percent:.3g} %" if percent >= 0.001 else "< 0.001 %"
+    return f"{100 * part:.3g} %" if part >= 1e-5 else "< 0.001 %"
+
+
+_PLACE = re.compile(
+    r"(<!-- figures: (?P<request>[^>]*) -->\n).*?(<!-- end of figures -->)", re.DOTALL
+)
+
+
+def render(text: str, folder: Path) -> str:
+    """Return the document with every table made anew from the JSON files of a folder."""
+
+    def fill(place: re.Match[str]) -> str:
+        name, kind, *arguments = place["request"].split()
+        try:
+            document = json.loads((folder / f"{name}.json").read_text())
+            table = "\n".join(TABLES[kind](document, *arguments))
+        except (KeyError, TypeError, OSError) as error:
+            raise UserError(f"figures: {place['request']}: {error!r}") from error
+        return f"{place[1]}\n{table}\n\n{place[3]}"
+
+    return _PLACE.sub(fill, text)
+
+
+def main() -> None:
+    """Render the document of the command line in place."""
+    if len(sys.argv) != 3:
+        raise UserError("give the document and the folder of its figures")
+    document, folder = map(Path, sys.argv[1:])
+    document.write_text(render(document.read_text(), folder))
+
+
+if __name__ == "__main__":
+    run_program(main)

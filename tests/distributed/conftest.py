@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import REPOSITORY, Job, run_job
+from tests.distributed.launch import Job, run_job, run_ranks
 
 # A Llama-like model like the paper's, small. Dropout is off: its random numbers differ by layout.
 MODEL = """
@@ -15,14 +13,14 @@ MODEL = """
     --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8
     --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
-    --lr 2e-3 --lr-decay-style constant --log-interval 1 --eval-interval 4 --eval-iters 2
+    --lr 2e-3 --lr-decay-style constant --log-interval 1 --eval-interval 4 --eval-iters 1
     --no-load-rng
 """.split()
 
 SAVED_AT = 2
-LAST = 10
+LAST = 6
 
-# 48 iterations over 4 layers: at each of the steps 2 to 10 the alphas of all layers differ.
+# 48 iterations over 4 layers: at each of the steps 2 to 6 the alphas of all layers differ.
 WARMUP = "--prores-schedule linear --prores-warmup-iters 48".split()
 
 # The one optimizer checkpoint that every layout can load.
@@ -40,27 +38,38 @@ class Text:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     """Real text through the project's own tools: corpus, tokenizer, indexed dataset."""
     root = tmp_path_factory.mktemp("text")
-
-    def tool(name: str, *args: object) -> None:
-        command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, args)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-
-    tool("build_corpus.py", "--output-dir", root, "--min-megabytes", 0.5, "--max-megabytes", 1)
-    tool(
-        *("train_tokenizer.py", "--input", root / "train.jsonl", "--vocab-size", 512),
-        *("--output-prefix", root / "tokenizer"),
-    )
-    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer"]
-    tokenizer += ["--tokenizer-model", str(root / "tokenizer.model")]
-    flags = [*tokenizer, "--num-workers", "0"]
+    job = run_ranks(root / "job", write_text, (str(root),))
+    assert job.succeeded, job.output[-3000:]
+    flags = [*tokenizer_flags(root), "--num-workers", "0"]
     for split in ("train", "valid"):
-        tool(
-            *("preprocess_data.py", "--input", root / f"{split}.jsonl", "--append-eod"),
-            *("--output-prefix", root / split, *tokenizer),
-        )
         flags += [f"--{split}-data-path", str(root / f"{split}_text_document")]
     return Text(flags)
+
+
+def tokenizer_flags(root: Path) -> list[str]:
+    model = str(root / "tokenizer.model")
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+
+
+def write_text(directory: str) -> None:
+    """Calls the tools where Megatron is imported already."""
+    from megatron_prores.data import corpus, preprocess, tokenizer
+
+    root = Path(directory)
+    corpus.main(["--output-dir", directory, "--min-megabytes", "0.5", "--max-megabytes", "1"])
+    tokenizer.main(
+        [
+            *("--input", str(root / "train.jsonl"), "--vocab-size", "512"),
+            *("--output", str(root / "tokenizer.model")),
+        ]
+    )
+    for split in ("train", "valid"):
+        preprocess.main(
+            [
+                *("--input", str(root / f"{split}.jsonl"), "--append-eod", "--workers", "1"),
+                *("--output-prefix", str(root / split), *tokenizer_flags(root)),
+            ]
+        )
 
 
 def saving(path: Path, *more: str) -> list[str]:

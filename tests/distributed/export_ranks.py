@@ -74,12 +74,13 @@ def save_models(models: Sequence[Model], directory: str, tokens: list[list[int]]
     from megatron_prores.checkpoint import guard
     from megatron_prores.command_line.arguments import parse_args, read_prores_flags
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import async_writer, seams
+    from megatron_prores.upstream.async_writer import end_writers_with_training
+    from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
     from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
-    seams.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     guard.install()
-    async_writer.install()
+    end_writers_with_training()
     for number, model in enumerate(models):
         root = Path(directory, model.name)
         global_vars.unset_global_variables()

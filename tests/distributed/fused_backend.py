@@ -48,14 +48,14 @@ def use() -> None:
     """Puts this backend where upstream and our spec take Transformer Engine's."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_prores.model import specs
+    from megatron_prores.model import with_prores
 
     gpt_layer_specs.TESpecProvider = FusedBackend
-    specs.TESpecProvider = FusedBackend
+    with_prores.TESpecProvider = FusedBackend
 
 
-def run_forward_case(case: str, directory: str) -> None:
-    """Computes a golden case on this backend, and prints which modules a layer has got."""
+def run_forward_cases(cases: list[str], directory: str) -> None:
+    """Computes golden cases on this backend, and prints which modules a layer has got."""
     from megatron_prores.model.layer import ProResLayerMixin
 
     use()
@@ -74,7 +74,8 @@ def run_forward_case(case: str, directory: str) -> None:
         print("modules", *(f"{name}={type(m).__name__}" for name, m in modules.items()))
 
     ProResLayerMixin.__init__ = tell
-    golden_ranks.run_forward_case(case, {"transformer_impl": "transformer_engine"}, directory)
+    layout = {"transformer_impl": "transformer_engine"}
+    golden_ranks.run_forward_cases(cases, layout, directory)
 
 
 def use_instead_of_local() -> None:
@@ -87,5 +88,4 @@ def use_instead_of_local() -> None:
 
     use()
     specs.default_layer_spec = lambda config, vp_stage: get_gpt_layer_with_transformer_engine_spec()
-    specs._backend = lambda config: FusedBackend()
     print("local backend exchanged for one with", NormThenLinear.__name__)

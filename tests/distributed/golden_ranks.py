@@ -54,10 +54,12 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron_prores.convert.llama import from_llama
     from megatron_prores.model.specs import prores_layer_spec
 
-    torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
-    parallel_state.initialize_model_parallel(
-        layout.get("tensor_model_parallel_size", 1), layout.get("pipeline_model_parallel_size", 1)
-    )
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
+        parallel_state.initialize_model_parallel(
+            layout.get("tensor_model_parallel_size", 1),
+            layout.get("pipeline_model_parallel_size", 1),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     meta = golden.load_json("meta.json")
     config = _transformer_config(weights, **layout)
@@ -169,6 +171,17 @@ def run_forward_case(case: str, layout: dict[str, Any], directory: str, fold: bo
         np.savez(Path(directory, f"stage{stage}.npz"), **results)
 
 
+def run_forward_cases(
+    cases: list[str], layout: dict[str, Any], directory: str, fold: bool = False
+) -> None:
+    """Computes several cases, one after the other, each into a folder of its own."""
+    for case in cases:
+        place = Path(directory, case)
+        place.mkdir(exist_ok=True)
+        print(f"case {case}", flush=True)
+        run_forward_case(case, layout, str(place), fold)
+
+
 def start_from_golden_weights(case: str) -> None:
     """Replaces data and initial weights of the main program by the authors', and nothing else."""
     from megatron_prores.convert.llama import from_llama
@@ -217,11 +230,11 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     from megatron_prores.command_line.arguments import parse_args, read_prores_flags
     from megatron_prores.convert.llama import to_llama
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 
     sys.argv = ["pretrain_gpt_prores.py", *argv]
     _, device = read_prores_flags(argv)
-    upstream.use_prebuilt_dataset_helpers()
+    use_prebuilt_dataset_helpers()
     args, prores = parse_args(device)
     initialize_megatron()
     config = model_config(args, prores)

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,31 @@ def free_port() -> int:
             return port
 
 
+def launcher_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Gives what torchrun sets for a rank, with all ranks on this node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def fork(function: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
+    """Starts ``function(connection, *args)`` where Megatron is imported.
+
+    Returns:
+        The process, and this side's end of the connection.
+    """
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=function, args=(theirs, *args))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
 def _rank_main(
     rank: int,
     world_size: int,
@@ -100,16 +126,8 @@ def _rank_main(
     function: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        WANDB_MODE="offline",
-    )
+    os.environ.update(launcher_variables(rank, world_size, port))
+    os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
     log = os.open(Path(directory, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -228,6 +246,40 @@ def run_job(
     """
     argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]
     return run_ranks(directory, _run_program, (str(program), argv, prepare), ranks, timeout)
+
+
+type Check = tuple[Callable[..., None], tuple[Any, ...]]
+"""A function that runs in a rank and its arguments; both are pickled."""
+
+
+def check_name(check: Check) -> str:
+    function, args = check
+    return " ".join([function.__name__, *map(str, args)])
+
+
+def run_checks(directory: Path, checks: Sequence[Check]) -> dict[str, str]:
+    """Runs checks one after the other in one rank.
+
+    A check leaves nothing behind: what it replaces, it puts back.
+
+    Returns:
+        Name of the check -> its traceback, where it failed.
+    """
+    job = run_ranks(directory, _run_each, (checks, str(directory / "failures.json")))
+    assert job.succeeded, job.output[-3000:]
+    failures: dict[str, str] = json.loads((directory / "failures.json").read_text())
+    return failures
+
+
+def _run_each(checks: Sequence[Check], path: str) -> None:
+    failures = {}
+    for check in checks:
+        function, args = check
+        try:
+            function(*args)
+        except Exception:
+            failures[check_name(check)] = traceback.format_exc()
+    Path(path).write_text(json.dumps(failures))
 
 
 def _read(directory: Path, rank: int) -> dict[int, dict[int, float]]:

@@ -18,9 +18,11 @@ SEQUENCE, BATCH, HIDDEN = 16, 2, 32
 
 
 def initialize() -> None:
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    """Makes the process groups of a single rank, once however many checks ask for them."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
 
 
 def transformer_config(**more: Any) -> TransformerConfig:

@@ -15,12 +15,12 @@ def main() -> None:
 
     from megatron_prores.command_line.arguments import parse_args
     from megatron_prores.training.gpt import forward_step, train_valid_test_datasets_provider
-    from megatron_prores.upstream import seams as upstream
+    from megatron_prores.upstream import datasets, optimizer
     from megatron_prores.warmup.scalars import close_tensorboard
 
-    upstream.use_prebuilt_dataset_helpers()
-    upstream.let_torch_adam_resume()
-    upstream.fork_data_workers()
+    datasets.use_prebuilt_dataset_helpers()
+    optimizer.let_torch_adam_resume()
+    datasets.fork_data_workers()
     args, _ = parse_args("cpu")
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, train_valid_test_datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -168,7 +168,7 @@ def inspect_fused_norms(directory: str) -> None:
 
     from megatron_prores.config import ProResConfig
     from megatron_prores.model import initial_weights as init
-    from megatron_prores.model import specs
+    from megatron_prores.model import specs, with_prores
     from megatron_prores.placement import PLACEMENTS
 
     torch.distributed.init_process_group("gloo")
@@ -206,7 +206,7 @@ def inspect_fused_norms(directory: str) -> None:
             found[f"{kind}, {placement}"] = [
                 place
                 for name in ("self_attention", "mlp")
-                for place in specs._find_module(
+                for place in with_prores._find_module(
                     getattr(parts, name), TELayerNormColumnParallelLinear, name
                 )
             ]

@@ -69,8 +69,8 @@ def test_an_override_goes_on_with_the_new_settings_and_remembers_them(
     override = [*loading(checkpoint), "--prores-override-checkpoint"]
     job = run_job(tmp_path / "first", [*flags, *override, *save])
     assert job.succeeded, job.output[-3000:]
-    assert list(job.alphas_by_step()[8].values()) == pytest.approx(
-        alphas("linear", 8, 4, 100), rel=1e-6
+    assert list(job.alphas_by_step()[4].values()) == pytest.approx(
+        alphas("linear", 4, 4, 100), rel=1e-6
     )
     again = run_job(tmp_path / "again", [*flags, *loading(tmp_path / "saved")])
     assert again.succeeded, again.output[-3000:]
@@ -183,7 +183,7 @@ def test_warmup_in_samples_follows_a_growing_batch(text: Text, tmp_path: Path) -
     flags += ["--step-batch-size-schedule", "0:4 512:8", "--eval-global-batch-size", "8"]
     straight = run_job(tmp_path / "straight", [*flags, "--train-iters", str(LAST)])
     assert straight.succeeded, straight.output[-3000:]
-    consumed = [0, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    consumed = [0, 4, 8, 16, 24, 32, 40]
     held = straight.alphas_by_step()
     for iteration, samples in enumerate(consumed):
         expected = alphas("linear", samples, 4, 400)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.distributed import faults
 from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading
-from tests.distributed.launch import Job, run_job, run_ranks
+from tests.distributed.launch import Check, Job, check_name, run_checks, run_job
 
 # In units of the largest value: both add up s products of float32 per figure, in another order.
 # An error of one part in 2^24 per term gives, for s = 48, less than 48 * 6e-8 = 3e-6.
@@ -108,10 +108,10 @@ def check_kernel_is_in_use() -> None:
         causal.append(bool(kwargs["is_causal"]))
         return stock_function(*args, **kwargs)
 
-    F.scaled_dot_product_attention = counted
     plain = torch.ones(BATCH, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
-    for mask in (None, plain, documents_mask()):
-        attend(modules()[1], HEADS, mask, torch.float32)
+    with mock.patch.object(F, "scaled_dot_product_attention", counted):
+        for mask in (None, plain, documents_mask()):
+            attend(modules()[1], HEADS, mask, torch.float32)
     assert causal == [True, True, False]
 
 
@@ -153,7 +153,7 @@ def check_who_gets_it() -> None:
     assert core_attention(False, "fused") == "DotProductAttention"
 
 
-CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
+CHECKS: list[Check] = [
     *(
         (check_same_figures, (groups, mask, torch.float32, False))
         for groups in (HEADS, GROUPS, 1)
@@ -168,14 +168,14 @@ CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("check", "args"),
-    CHECKS,
-    ids=[" ".join([check.__name__, *map(str, args)]) for check, args in CHECKS],
-)
-def test_attention(check: Callable[..., None], args: tuple[object, ...], tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, check, args)
-    assert job.succeeded, job.output[-3000:]
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("checks"), CHECKS)
+
+
+@pytest.mark.parametrize("name", map(check_name, CHECKS))
+def test_attention(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
 
 
 @pytest.mark.parametrize(

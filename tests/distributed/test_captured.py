@@ -75,17 +75,23 @@ def curves(job: Job) -> dict[str, dict[int, float]]:
     return {tag: job.scalars(tag) for tag in ("lm loss", "lm loss validation", "grad-norm")}
 
 
-def on_the_same_generators(mode: str, text: Text, directory: Path) -> list[str]:
-    more = ["--inference-rng-tracker"] if mode == "local" else []
-    return [*flags_of(text, directory), *more]
+@pytest.fixture(scope="module", params=GRAPHS)
+def mode_and_eager(
+    request: pytest.FixtureRequest, text: Text, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[str], Job]:
+    """A kind of graph, and a run without graphs on the same generators, with its flags."""
+    root = tmp_path_factory.mktemp(request.param)
+    more = ["--inference-rng-tracker"] if request.param == "local" else []
+    flags = [*flags_of(text, root), *more]
+    return request.param, flags, run_job(root / "eager", flags)
 
 
-@pytest.mark.parametrize("mode", GRAPHS)
-def test_captured_graph_reads_alpha_at_every_replay(mode: str, text: Text, tmp_path: Path) -> None:
-    flags = on_the_same_generators(mode, text, tmp_path)
-    eager = run_job(tmp_path / "eager", flags)
+def test_captured_graph_reads_alpha_at_every_replay(
+    mode_and_eager: tuple[str, list[str], Job], tmp_path: Path
+) -> None:
+    mode, flags, eager = mode_and_eager
     argv = [*flags, *GRAPHS[mode].split()]
-    job = run_job(tmp_path / "graph", argv, prepare=capture.PREPARE[mode])
+    job = run_job(tmp_path, argv, prepare=capture.PREPARE[mode])
     assert curves(job) == curves(eager)
     # full_iteration: three steps of warmup each for training and evaluation, then the capture.
     assert job.output.count("replayed") >= 2 * (ITERATIONS - 4)
@@ -93,12 +99,10 @@ def test_captured_graph_reads_alpha_at_every_replay(mode: str, text: Text, tmp_p
 
 
 @pytest.mark.parametrize("fault", [capture.exchange_alphas, capture.let_layers_open])
-@pytest.mark.parametrize("mode", GRAPHS)
 def test_planted_faults_are_seen(
-    mode: str, fault: Callable[[], None], text: Text, tmp_path: Path
+    fault: Callable[[], None], mode_and_eager: tuple[str, list[str], Job], tmp_path: Path
 ) -> None:
-    flags = on_the_same_generators(mode, text, tmp_path)
-    eager = run_job(tmp_path / "eager", flags)
+    mode, flags, eager = mode_and_eager
     prepare = partial(capture.plant, fault, capture.PREPARE[mode])
-    job = run_job(tmp_path / "graph", [*flags, *GRAPHS[mode].split()], prepare=prepare)
+    job = run_job(tmp_path, [*flags, *GRAPHS[mode].split()], prepare=prepare)
     assert curves(job) != curves(eager)

@@ -7,12 +7,13 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_prores.checkpoint import verify
+from megatron_prores.checkpoint import manifest, verify
 from tests.distributed.conftest import MODEL, WARMUP, Text
 from tests.distributed.launch import Job, run_job
 from tests.unit import stored
@@ -198,11 +199,38 @@ def test_read_only_directory(read_only: Path, tmp_path: Path) -> None:
     assert_refused(job, f"--save {read_only}", "cannot be written to")
 
 
-def test_async_saving_writes_the_manifest_too(tmp_path: Path) -> None:
-    argv = flags("--save", tmp_path / "saved", "--save-interval", 4)
+@dataclass(frozen=True)
+class NoteHashing:
+    """Writes down, in every process of a rank, which files it hashes."""
+
+    log: str
+
+    def __call__(self) -> None:
+        training, digest = os.getpid(), manifest.digest
+
+        def noted(path: Path) -> manifest.Entry:
+            process = "training" if os.getpid() == training else "writer"
+            with open(self.log, "a") as file:
+                file.write(f"{process} {path.name}\n")
+            return digest(path)
+
+        manifest.digest = noted
+
+
+def test_async_saving_hashes_beside_training(tmp_path: Path) -> None:
+    argv = flags("--save", tmp_path / "saved", "--save-interval", 2)
     argv += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-    job = run_job(tmp_path / "job", argv)
+    log = tmp_path / "hashed"
+    job = run_job(tmp_path / "job", argv, ranks=2, prepare=NoteHashing(str(log)))
     assert job.succeeded, job.output[-3000:]
     report = verify.verify(tmp_path / "saved" / NEWEST)
     assert report.intact, report.damage
     assert report.by_manifest
+    names = {path.name for path in (tmp_path / "saved" / NEWEST).iterdir()}
+    shards = {name for name in names if name.endswith(".distcp")}
+    assert len(shards) >= 2
+    assert names == {*shards, ".metadata", "metadata.json", "integrity.json"}
+    # Each file once per checkpoint; training waits for two small ones, written when the rest is.
+    by_writer = [f"writer {name}" for name in shards]
+    by_training = ["training .metadata", "training metadata.json"]
+    assert sorted(log.read_text().splitlines()) == sorted(2 * [*by_writer, *by_training])

@@ -6,6 +6,7 @@ All sizes are read from the data (see tests/golden/README.md), which may be anot
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,45 @@ from numpy.typing import NDArray
 from megatron_prores.placement import PLACEMENTS
 from tests import golden
 from tests.distributed import fused_backend, golden_ranks
-from tests.distributed.launch import run_job, run_ranks
+from tests.distributed.launch import Job, run_job, run_ranks
 
 META = golden.load_json("meta.json")
 TRAIN = golden.load_json("train.json")
 INIT = golden.load_json("init_stats.json")
 
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-PP2 = {"pipeline_model_parallel_size": 2}
-CASES = [
-    *((case, "one rank", {}) for case in META["cases"]),
-    *(
-        (case, name, layout)
-        for case in META["cases"]
-        if golden.has_prores(case)
-        for name, layout in (("TP2 with sequence parallelism", TP2_SP), ("PP2", PP2))
+WITH_PRORES = [*filter(golden.has_prores, META["cases"])]
+LAYOUTS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "one rank": ([*META["cases"]], {}),
+    "TP2 with sequence parallelism": (
+        WITH_PRORES,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     ),
-]
+    "PP2": (WITH_PRORES, {"pipeline_model_parallel_size": 2}),
+}
+"""Name -> the cases that are computed on a layout, and the layout."""
 
 
-def forward(case: str, layout: dict[str, Any], directory: Path) -> dict[str, NDArray[Any]]:
-    """Runs a case on a layout; gives logits, loss, and each gradient as 'gradient <Llama name>'."""
-    if layout is not PP2 and layout and META["num_attention_heads"] % 2:
-        pytest.skip("an odd number of heads cannot be cut over two tensor-parallel ranks")
-    if layout is PP2 and META["num_layers"] % 2:
-        pytest.skip("an odd number of layers cannot be cut over two pipeline stages")
-    ranks = 2 if layout else 1
-    job = run_ranks(directory, golden_ranks.run_forward_case, (case, layout, str(directory)), ranks)
-    assert job.succeeded, job.output[-3000:]
+@pytest.fixture(scope="module")
+def forward(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Computes all cases of a layout in one launch, for the first test that asks for it."""
+    made: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("forward")
+            cases, layout = LAYOUTS[name]
+            args = (cases, layout, str(made[name]))
+            ranks = 2 if layout else 1
+            job = run_ranks(made[name], golden_ranks.run_forward_cases, args, ranks)
+            (made[name] / "output").write_text("" if job.succeeded else job.output)
+        assert not (output := (made[name] / "output").read_text()), output[-3000:]
+        return made[name]
+
+    return run
+
+
+def load(directory: Path) -> dict[str, NDArray[Any]]:
+    """Reads logits, loss, and each gradient as 'gradient <Llama name>', from all stages."""
     results: dict[str, NDArray[Any]] = {}
     for stage in sorted(directory.glob("stage*.npz")):
         with np.load(stage) as arrays:
@@ -69,23 +81,35 @@ def assert_golden(case: str, results: dict[str, NDArray[Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [(case, layout) for case, _, layout in CASES],
-    ids=[f"{case} on {name}" for case, name, _ in CASES],
+    [(case, layout) for layout, (cases, _) in LAYOUTS.items() for case in cases],
+    ids=lambda value: value,
 )
-def test_logits_loss_and_gradients(case: str, layout: dict[str, Any], tmp_path: Path) -> None:
-    assert_golden(case, forward(case, layout, tmp_path))
+def test_logits_loss_and_gradients(case: str, layout: str, forward: Callable[[str], Path]) -> None:
+    if "TP2" in layout and META["num_attention_heads"] % 2:
+        pytest.skip("an odd number of heads cannot be cut over two tensor-parallel ranks")
+    if layout == "PP2" and META["num_layers"] % 2:
+        pytest.skip("an odd number of layers cannot be cut over two pipeline stages")
+    assert_golden(case, load(forward(layout) / case))
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    directory = tmp_path_factory.mktemp("fused")
+    args = ([*META["cases"]], str(directory))
+    return run_ranks(directory, fused_backend.run_forward_cases, args)
 
 
 @pytest.mark.parametrize("case", META["cases"])
-def test_a_backend_that_fuses_norm_and_linear(case: str, tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, fused_backend.run_forward_case, (case, str(tmp_path)))
-    assert job.succeeded, job.output[-3000:]
-    with np.load(tmp_path / "stage0.npz") as arrays:
-        assert_golden(case, dict(arrays))
+def test_a_backend_that_fuses_norm_and_linear(case: str, fused: Job) -> None:
+    assert fused.succeeded, fused.output[-3000:]
+    assert_golden(case, load(fused.directory / case))
     placement = PLACEMENTS[golden.placement(case)]
     behind = "IdentityOp" if placement.is_stock else "RMSNorm"
     linear = "NormThenLinear" if placement.norm_input else "ColumnParallelLinear"
-    layers = [line.split()[1:] for line in job.output.splitlines() if line.startswith("modules")]
+    (output,) = re.findall(
+        rf"^case {case}$(.*?)(?=^case |\Z)", fused.output, re.DOTALL | re.MULTILINE
+    )
+    layers = [line.split()[1:] for line in output.splitlines() if line.startswith("modules")]
     assert len(layers) == META["num_layers"]
     for layer in layers:
         assert layer == [
@@ -98,22 +122,27 @@ def test_a_backend_that_fuses_norm_and_linear(case: str, tmp_path: Path) -> None
         ]
 
 
-@pytest.mark.parametrize("case", [*filter(golden.has_prores, META["cases"])])
-def test_alphas_folded_into_the_weights_are_the_same_model(case: str, tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, golden_ranks.run_forward_case, (case, {}, str(tmp_path), True))
-    assert job.succeeded, job.output[-3000:]
-    with np.load(tmp_path / "stage0.npz") as results:
-        logits, loss = results["logits"], results["loss"]
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    directory = tmp_path_factory.mktemp("folded")
+    args = (WITH_PRORES, {}, str(directory), True)
+    return run_ranks(directory, golden_ranks.run_forward_cases, args)
+
+
+@pytest.mark.parametrize("case", WITH_PRORES)
+def test_alphas_folded_into_the_weights_are_the_same_model(case: str, folded: Job) -> None:
+    assert folded.succeeded, folded.output[-3000:]
+    results = load(folded.directory / case)
     expected = golden.load_arrays(f"forward_{case}.npz")["logits"]
-    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert loss == pytest.approx(META["cases"][case]["loss"], abs=1e-6)
+    assert np.abs(results["logits"] - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert results["loss"] == pytest.approx(META["cases"][case]["loss"], abs=1e-6)
 
 
-def test_swapped_norms_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_norms_are_seen(tmp_path: Path) -> None:
     job = run_ranks(tmp_path, run_with_swapped_norms, ("sandwich_prores", {}, str(tmp_path)))
     assert job.succeeded, job.output[-3000:]
-    with np.load(tmp_path / "stage0.npz") as arrays, pytest.raises(AssertionError):
-        assert_golden("sandwich_prores", dict(arrays))
+    with pytest.raises(AssertionError):
+        assert_golden("sandwich_prores", load(tmp_path))
 
 
 def run_with_swapped_norms(case: str, layout: dict[str, Any], directory: str) -> None:

@@ -84,12 +84,15 @@ def test_same_run_on_every_layout(placement: str, text: Text, tmp_path: Path) ->
     run(tmp_path / "save", [*flags, *saving(tmp_path / "saved")])
     alone = run(tmp_path / "alone", [*flags, *loading(tmp_path / "saved")])
     assert all(list(held) == [1, 2, 3, 4] for held in alone.alphas_by_step().values())
+    load = [*flags, *loading(tmp_path / "saved")]
+    plans = planned(
+        {name: ([*load, *layout.split()], 2) for name, layout in LAYOUTS.items()},
+        tmp_path / "plans",
+    )
     for name, layout in LAYOUTS.items():
-        argv = [*flags, *loading(tmp_path / "saved"), *layout.split()]
-        job = run(tmp_path / name, argv, ranks=2)
+        job = run(tmp_path / name, [*load, *layout.split()], ranks=2)
         assert job.alphas_by_step() == alone.alphas_by_step()
-        plan = planned({name: (argv, 2)}, tmp_path / f"plan of {name}")[name]
-        assert plan["layer_map"].splitlines() == layer_map(job)
+        assert plans[name]["layer_map"].splitlines() == layer_map(job)
         for tag in ("lm loss", "grad-norm", "lm loss validation"):
             assert job.scalars(tag) == pytest.approx(alone.scalars(tag), rel=TOLERANCE), tag
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
 from megatron_prores.placement import PLACEMENTS
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import Check, check_name, run_checks
 
 
 def check_closed_layer_is_the_identity(experts: int | None) -> None:
@@ -185,32 +182,8 @@ def check_alpha_follows_a_model_from_the_meta_device() -> None:
     layers.run(layer, layers.hidden_states())
 
 
-CHECKS: list[tuple[Callable[..., None], tuple[object, ...]]] = [
-    (check_closed_layer_is_the_identity, (None,)),
-    (check_closed_layer_is_the_identity, (4,)),
-    (check_alpha_scales_both_branches, ()),
-    (check_scaled_path_at_one_is_stock, (torch.float32, False, 0.1)),
-    (check_scaled_path_at_one_is_stock, (torch.bfloat16, True, 0.1)),
-    (check_no_extra_activation_is_kept, (torch.float32,)),
-    (check_no_extra_activation_is_kept, (torch.bfloat16,)),
-    (check_alpha_is_no_weight, ()),
-    *((check_evaluation_keeps_no_graph, (name, False)) for name in PLACEMENTS),
-    (check_evaluation_keeps_no_graph, ("post", True)),
-    (check_alpha_follows_a_model_from_the_meta_device, ()),
-]
-
-
-@pytest.mark.parametrize(
-    ("check", "args"),
-    CHECKS,
-    ids=[" ".join([check.__name__, *map(str, args)]) for check, args in CHECKS],
-)
-def test_layer(check: Callable[..., None], args: tuple[object, ...], tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, check, args)
-    assert job.succeeded, job.output[-3000:]
-
-
 def check_graphs_of_a_part_know_its_norms() -> None:
+    """Or their weights would be read before --overlap-param-gather has brought them."""
     from megatron.core.transformer.enums import CudaGraphModule
 
     from tests.distributed import layers
@@ -231,7 +204,27 @@ def check_graphs_of_a_part_know_its_norms() -> None:
     assert layer._get_submodules_under_cudagraphs() == [layer]
 
 
-def test_graphs_of_a_part_know_its_norms(tmp_path: Path) -> None:
-    """Or their weights would be read before --overlap-param-gather has brought them."""
-    job = run_ranks(tmp_path, check_graphs_of_a_part_know_its_norms)
-    assert job.succeeded, job.output[-3000:]
+CHECKS: list[Check] = [
+    (check_closed_layer_is_the_identity, (None,)),
+    (check_closed_layer_is_the_identity, (4,)),
+    (check_alpha_scales_both_branches, ()),
+    (check_scaled_path_at_one_is_stock, (torch.float32, False, 0.1)),
+    (check_scaled_path_at_one_is_stock, (torch.bfloat16, True, 0.1)),
+    (check_no_extra_activation_is_kept, (torch.float32,)),
+    (check_no_extra_activation_is_kept, (torch.bfloat16,)),
+    (check_alpha_is_no_weight, ()),
+    *((check_evaluation_keeps_no_graph, (name, False)) for name in PLACEMENTS),
+    (check_evaluation_keeps_no_graph, ("post", True)),
+    (check_alpha_follows_a_model_from_the_meta_device, ()),
+    (check_graphs_of_a_part_know_its_norms, ()),
+]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("checks"), CHECKS)
+
+
+@pytest.mark.parametrize("name", map(check_name, CHECKS))
+def test_layer(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]

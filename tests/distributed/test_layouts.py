@@ -135,7 +135,7 @@ def test_a_rank_with_another_schedule_is_stopped_by_the_audit(text: Text, tmp_pa
     job = run_job(tmp_path, argv, ranks=2, prepare=fault)
     assert job.exit_codes == [1, 1]
     assert "schedule='linear_square'" in job.output
-    assert "start all ranks with the same flags" in job.output
+    assert "start all ranks with the same settings" in job.output
     assert "Traceback" not in job.output
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_prores.placement import PLACEMENTS
 from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
-from tests.distributed.launch import Job, run_job, run_ranks
+from tests.distributed.launch import Check, Job, check_name, run_checks, run_job
 from tests.distributed.test_layouts import LAYOUTS, assert_same_run
 
 SHOWN_LAYOUTS = (
@@ -94,10 +94,17 @@ def check_layer_is_its_formula(name: str) -> None:
     assert len(names) == 2 + 2 * placement.branch_output_norm
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_layer_is_its_formula(name: str, tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, check_layer_is_its_formula, (name,))
-    assert job.succeeded, job.output[-3000:]
+FORMULAS: list[Check] = [(check_layer_is_its_formula, (name,)) for name in PLACEMENTS]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("checks"), FORMULAS)
+
+
+@pytest.mark.parametrize("name", map(check_name, FORMULAS))
+def test_layer_is_its_formula(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

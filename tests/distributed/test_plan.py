@@ -308,6 +308,19 @@ def test_the_optimizer_is_sharded_over_the_ranks_that_share_it(gpu_plans: dict[s
     )
 
 
+@pytest.mark.parametrize("name", ["plain", "fp8", "experts", "latent attention", "tied", "sandwich",
+                                  "without ProRes", "long warmup"])  # fmt: skip
+def test_the_parts_of_memory_add_up_to_megatrons_report(
+    name: str, gpu_plans: dict[str, Any]
+) -> None:
+    """Where its assumptions hold: bf16, Adam, even stages, one context parallel rank."""
+    memory = gpu_plans[name]["memory"]
+    stage = memory["stages"][memory["fullest_stage"]]
+    parts = stage["weights"] + stage["gradients"] + stage["optimizer"]
+    assert parts == pytest.approx(memory["upstream_weights_and_optimizer"], rel=1e-3)
+    assert memory["fullest_total"] == parts + memory["upstream_activations"]
+
+
 def test_layers_open_in_steps_samples_and_tokens(gpu_plans: dict[str, Any]) -> None:
     plan = gpu_plans["samples"]
     last = plan["layers"][-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from megatron_prores.placement import PLACEMENTS
 from tests.distributed import golden_ranks
 from tests.distributed.conftest import MODEL, Text
-from tests.distributed.launch import run_job, run_ranks
+from tests.distributed.launch import Check, check_name, run_checks, run_job, run_ranks
 from tests.distributed.test_stock import STOCK, scalars
 
 MEGATRONS_RECIPE = """
@@ -147,12 +146,20 @@ def check_zero_centered_norms_start_below_zero() -> None:
             assert torch.equal(norm.weight, expected)
 
 
-@pytest.mark.parametrize(
-    "check", [check_shared_experts_have_their_own_gain, check_zero_centered_norms_start_below_zero]
-)
-def test_initial_weights(check: Callable[[], None], tmp_path: Path) -> None:
-    job = run_ranks(tmp_path, check)
-    assert job.succeeded, job.output[-3000:]
+CHECKS: list[Check] = [
+    (check_shared_experts_have_their_own_gain, ()),
+    (check_zero_centered_norms_start_below_zero, ()),
+]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("checks"), CHECKS)
+
+
+@pytest.mark.parametrize("name", map(check_name, CHECKS))
+def test_initial_weights(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
 
 
 @pytest.mark.parametrize(

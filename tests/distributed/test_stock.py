@@ -116,6 +116,7 @@ def test_linear_on_the_layout_of_a_case_is_linear_on_one_rank(
     stock = CASES[case]
     # One vocabulary for all layouts: else Megatron pads it to 128 times the tensor-parallel size.
     flags = [*stock["flags"], *OPTIMIZER, "--make-vocab-size-divisible-by", "64"]
+    flags += ["--train-iters", "5"]
     saved, alone = one_rank(without_layout(flags))
     job = run_job(tmp_path, [*flags, *WARMUP, "--load", str(saved)], stock["ranks"])
     assert job.alphas_by_step() == alone.alphas_by_step()

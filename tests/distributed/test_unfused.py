@@ -31,8 +31,8 @@ def check_every_known_place() -> None:
     from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_prores.errors import UserError
-    from megatron_prores.model.specs import _without_input_norms
+    from megatron_prores.errors import ArgumentError
+    from megatron_prores.model.with_prores import _without_input_norms
     from tests.distributed.fused_backend import FusedBackend, NormThenLinear
 
     class Duplicated:
@@ -49,7 +49,7 @@ def check_every_known_place() -> None:
         return ModuleSpec(module=object, submodules=submodules)
 
     def parts(first: Any, second: Any = None) -> dict[str, Any]:
-        return _without_input_norms(first, second, Backend())
+        return _without_input_norms(first, second, Backend(), "post")
 
     fused = NormThenLinear
     found = parts(attention(SelfAttentionSubmodules(fused, object, object)))
@@ -77,11 +77,11 @@ def check_every_known_place() -> None:
     assert found["mlp"].func is ColumnParallelLinearGathered
     assert found["mlp"].keywords == {"tp_comm_buffer_name": "x"}
 
-    with pytest.raises(UserError, match=r"self_attention\.first"):
+    with pytest.raises(ArgumentError, match=r"self_attention\.first"):
         parts(attention(MadeUpSubmodules(first=fused)))
     nested = attention(MadeUpSubmodules(first=ModuleSpec(object, submodules=[])))
     nested.submodules.first.submodules = MadeUpSubmodules(first=partial(fused))
-    with pytest.raises(UserError, match=r"self_attention\.first\.first"):
+    with pytest.raises(ArgumentError, match=r"self_attention\.first\.first"):
         parts(nested)
 
 

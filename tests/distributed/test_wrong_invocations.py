@@ -1,4 +1,4 @@
-"""Every wrong invocation of the main program ends at once on all ranks, with one clear line.
+"""Every wrong invocation ends at once on all ranks, with one clear line.
 
 The table is tests/wrong_invocations.py.
 """
@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,37 +19,67 @@ import pytest
 from tests.distributed.launch import MAIN_PROGRAM, run_job
 from tests.refusals import (
     SECONDS,
+    OneProcess,
     assert_refused,
     clean_environment,
     listing,
     prepare_checkpoints,
     prepare_files,
-    run_forked,
+    run_launched,
     shown_difference,
 )
-from tests.wrong_invocations import MOCK, ROWS, Row
+from tests.wrong_invocations import FROM_OUTSIDE, MOCK, ROWS, Row
 
-FORKED = [row for row in ROWS if not row.starts_alone]
+LAUNCHED = [row for row in ROWS if row.name in FROM_OUTSIDE and row.ranks > 1]
+IN_ONE_PROCESS = [row for row in ROWS if row.name not in FROM_OUTSIDE]
+
+
+@dataclass
+class Files:
+    """The files that rows name, and what was in them after the last row."""
+
+    directory: Path
+    content: dict[str, str]
+
+    def changes(self, cwd: Path) -> list[str]:
+        """Names what the last row has written, changed or removed: here, and where it ran."""
+        before, self.content = self.content, listing(self.directory)
+        return shown_difference(before, self.content | listing(cwd))
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     directory = tmp_path_factory.mktemp("files")
     prepare_files(directory)
     prepare_checkpoints(directory, tmp_path_factory.mktemp("saving"))
-    return directory
+    return Files(directory, listing(directory))
 
 
-@pytest.mark.parametrize("row", FORKED, ids=str)
-def test_a_wrong_invocation_ends_all_ranks_with_one_line_and_writes_nothing(
-    row: Row, files: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneProcess]:
+    process = OneProcess(tmp_path_factory.mktemp("one_process") / "log")
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("row", IN_ONE_PROCESS, ids=str)
+def test_a_wrong_invocation_ends_with_one_line_and_writes_nothing(
+    row: Row, files: Files, one_process: OneProcess, tmp_path: Path
 ) -> None:
+    ending = one_process.run(row, files.directory, tmp_path)
+    changes = files.changes(tmp_path)
+    assert_refused(row, ending)
+    assert changes == []
+
+
+@pytest.mark.parametrize("row", LAUNCHED, ids=str)
+def test_a_wrong_invocation_ends_all_ranks(row: Row, files: Files, tmp_path: Path) -> None:
     cwd = tmp_path / "cwd"
     cwd.mkdir()
-    before = listing(files, cwd)
-    ending = run_forked(row, files, cwd, tmp_path / "logs")
+    ending = run_launched(row, files.directory, cwd, tmp_path / "logs")
+    changes = files.changes(cwd)
     assert_refused(row, ending)
-    assert shown_difference(before, listing(files, cwd)) == []
+    assert changes == []
 
 
 def test_under_torchrun_the_line_is_told_although_the_silent_rank_ends_first(

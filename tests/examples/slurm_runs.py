@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,6 +108,10 @@ class Job:
         tens, ones = divmod(number, 10)
         self.wait_for(rf"iteration +({tens}[{ones}-9]|[{tens + 1}-9]\d)/", start)
 
+    def set_time_limit(self, minutes: int) -> None:
+        update = ("scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}")
+        self.cluster.command(*update)
+
     def losses(self) -> dict[str, dict[int, float]]:
         return losses(self.run)
 
@@ -143,20 +146,21 @@ def undisturbed(cluster: Cluster, clone: Path, script: str) -> dict[str, dict[in
     return losses(run)
 
 
-def reach_the_time_limit(job: Job, in_the_middle: threading.Event) -> None:
-    """Holds a run still in its middle, until Slurm warns it of the time limit.
+def reach_the_time_limit(job: Job) -> None:
+    """Holds a run still in its middle, and lowers its time limit until Slurm warns it.
 
     So that the limit comes in its middle on any machine. The signal waits for the held processes.
     """
-    try:
-        job.wait_for(r"iteration +1\d/|^slurm: SIGUSR1")
-    finally:
-        in_the_middle.set()
+    job.wait_for_iteration(10, start=0)
     held = [pid for rank in (0, 1) for pid in job.cluster.ranks_of(job.number, rank)]
     _send(signal.SIGSTOP, held)
     try:
+        hours, minutes, _ = map(int, job.cluster.job(job.number)["RunTime"].split(":"))
+        # The warning is due 300 s before the limit: within a minute from now.
+        job.set_time_limit(hours * 60 + minutes + 6)
         job.wait_for(r"^slurm: SIGUSR1")
     finally:
+        job.set_time_limit(60)
         _send(signal.SIGCONT, held)
 
 

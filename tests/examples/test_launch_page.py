@@ -64,19 +64,39 @@ def test_all_blocks_are_known() -> None:
     assert len(BLOCKS) == 4
 
 
-def test_variables_of_the_page_are_the_launchers() -> None:
-    text = (REPOSITORY / "examples/launcher.sh").read_text()
-    used = set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"HOME", "NETRC", "PYTHONPATH"}
-    used = {name for name in used if not name.startswith(("SLURM_", "CUDA_"))}
+# A value for each that is seen in the command.
+VARIABLES = {
+    **{name: str(7000 + number) for number, name in enumerate("""
+        MASTER_PORT NODE_WAIT_SECONDS SILENT_NODE_SECONDS DISTRIBUTED_TIMEOUT_MINUTES
+        MICRO_BATCH_SIZE SAVE_INTERVAL SAVE_RETAIN_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL
+        LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE HEADS WARMUP_ITERS_PER_LAYER SEQ_LENGTH
+        GLOBAL_BATCH_SIZE TRAIN_ITERS NNODES NODE_RANK GPUS_PER_NODE TP PP VPP
+        OMP_NUM_THREADS PYTHONUNBUFFERED CUDA_DEVICE_MAX_CONNECTIONS
+    """.split())},
+    **{name: f"the-{name.lower()}" for name in """
+        MASTER_ADDR TRANSFORMER_IMPL DATA_DIR TRAIN_DATA VALID_DATA TOKENIZER_MODEL LOG_ID
+        WANDB_PROJECT WANDB_NAME WANDB_MODE PYTHON LEARNING_RATE
+    """.split()},
+    "RUN_DIR": "/the-run-dir", "DEVICE": "cuda", "PRECISION": "fp8", "DATA": "files",
+    "NODE_RANK": "5001",
+}  # fmt: skip
+
+
+def test_every_variable_of_the_page_gets_into_the_command(clone: Path) -> None:
     documented = {
         name
         for line in PAGE.partition("## Variables")[2].partition("## Layouts")[0].splitlines()
         for name in re.findall(r"`([A-Z_]+)(?:=1)?`", line)
     }
-    known = {"OMP_NUM_THREADS", "PYTHONUNBUFFERED", "CUDA_DEVICE_MAX_CONNECTIONS"}
-    assert used - documented - {"WANDB_API_KEY", "WANDB_RUN_ID", "VOCAB_SIZE"} == set()
-    for name in documented - known:
-        assert re.search(rf"\b{name}\b", text), name
+    assert documented == set(VARIABLES)
+    command = "bash examples/pretrain_130m.sh --dry-run"
+    words = run_block(command, clone, **VARIABLES).stdout
+    hidden = {"DATA", "DATA_DIR"}  # their parts are set one by one
+    assert [name for name in documented - hidden if VARIABLES[name] not in words] == []
+    parts = {"TRAIN_DATA": "", "VALID_DATA": "", "TOKENIZER_MODEL": ""}
+    words = run_block(command, clone, **{**VARIABLES, **parts}).stdout
+    assert words.count("the-data_dir/") == 3
+    assert "--mock-data" in run_block(command, clone, **{**VARIABLES, "DATA": "mock"}).stdout
 
 
 def test_links_lead_somewhere() -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 
 from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import run_job, run_ranks
 from tests.examples.clone import REPOSITORY, environment
 
 # The runs of arXiv 2603.05369: sizes, learning rates, and T, the ProRes warmup per layer.
@@ -119,11 +118,33 @@ def dry_run(*words: str, **variables: str) -> tuple[list[str], list[str]]:
     return command[:program], command[program + 1 :]
 
 
+# What the launcher passes on as it is, and what the program says of it. Two ranks.
+REFUSED = {
+    "DEVICE=tpu": "--device tpu: choose one of cuda, cpu",
+    "TRANSFORMER_IMPL=te": "invalid choice: 'te'",
+    "LEARNING_RATE=fast": "argument --lr: invalid float value: 'fast'",
+    "LAYERS=0": "--num-layers 0: must be at least 1",
+    "HEADS=7": "hidden_size % num_attention_heads",
+    "MICRO_BATCH_SIZE=24": "divisible by eval_micro_batch_size (24) * data_parallel_size (2)",
+    "PP=3": "world size (2) is not divisible by total_model_size (total_model_size=3)",
+    "TP=3": "world size (2) is not divisible by total_model_size (total_model_size=3)",
+    "VPP=two": "--num-virtual-stages-per-pipeline-rank: invalid int value: 'two'",
+    "WARMUP_ITERS_PER_LAYER=1e3": "--prores-warmup-iters-per-layer: invalid int value: '1e3'",
+    "SAVE_INTERVAL=-1": "--save-interval -1: must be at least 1",
+}
+
+
 def write_plans(commands: dict[str, tuple[list[str], int]], answer: Path) -> None:
     """Parses all command lines by the real program, in one process."""
+    from megatron_prores.errors import StopRun
     from megatron_prores.plan.planner import make_plan
 
-    plans = {name: make_plan(*command).as_dict() for name, command in commands.items()}
+    plans: dict[str, Any] = {}
+    for name, command in commands.items():
+        try:
+            plans[name] = make_plan(*command).as_dict()
+        except StopRun as reason:
+            plans[name] = reason.message()
     answer.write_text(json.dumps(plans))
 
 
@@ -132,8 +153,8 @@ def plan_of(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The plan of every script at its own world size, and of every method."""
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The plan of every script at its own world size, and of every method; or why there is none."""
     directory = tmp_path_factory.mktemp("plans")
     commands = {}
     for name, run in RUNS.items():
@@ -141,6 +162,12 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         commands[plan_of(name)] = dry_run(name, **nodes)[1], int(8 * run["nodes"])
     for words in METHODS:
         commands[words] = dry_run("pretrain_130m.sh", *words.split())[1], 8
+    for setting in REFUSED:
+        name, _, value = setting.partition("=")
+        variables = {"DEVICE": "cpu", "GPUS_PER_NODE": "2", "DATA": "mock", name: value}
+        if name == "TRANSFORMER_IMPL":
+            variables["DEVICE"] = "cuda"
+        commands[setting] = dry_run("pretrain_130m.sh", **variables)[1], 2
     answer = directory / "plans.json"
     job = run_ranks(directory, write_plans, (commands, answer))
     assert job.succeeded, job.output[-3000:]
@@ -206,13 +233,9 @@ def test_the_method_is_taken_in_words(words: str, plans: dict[str, dict[str, Any
 
 
 def test_the_words_are_the_programs() -> None:
-    text = (REPOSITORY / "examples/launcher.sh").read_text()
-    words = {
-        name: re.search(rf"^{name}=\(([^)]*)\)", text, flags=re.MULTILINE)
-        for name in ("PLACEMENTS", "SCHEDULES")
-    }
-    assert [*words["PLACEMENTS"][1].split()] == [*PLACEMENTS, "scaled"]  # type: ignore[index]
-    assert [*words["SCHEDULES"][1].split()] == [*SCHEDULES]  # type: ignore[index]
+    error = run_script("pretrain_130m.sh", "before", "--dry-run").stderr
+    assert f"a placement is one of {' '.join(PLACEMENTS)} scaled;" in error
+    assert f"a schedule is one of {' '.join(SCHEDULES)};" in error
 
 
 def test_a_study_is_a_job_array() -> None:
@@ -226,7 +249,7 @@ def test_a_study_is_a_job_array() -> None:
         for layers in (12, 24, 48, 72, 96, 120)
         for method in ("prores", "plain")
     ]
-    for line in listing:
+    for line in listing[::5]:
         number, layers, method = line.split()
         by_number = run_script(f"depth_study.sh-{number}", "--dry-run", LOG_ID="a").stdout
         assert (
@@ -298,16 +321,8 @@ def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:
         ("pretrain_130m.sh", {"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE=all: give a whole number"),
         ("pretrain_130m.sh", {"TRAIN_ITERS": "1e5"}, "TRAIN_ITERS=1e5: give a whole number"),
         ("pretrain_130m.sh", {"TP": "0"}, "TP=0: give a whole number above 0"),
-        ("pretrain_130m.sh", {"TP": "3"}, "TP=3 times PP=1 does not divide the 8 ranks"),
-        (
-            "pretrain_130m.sh",
-            {"MICRO_BATCH_SIZE": "24"},
-            "GLOBAL_BATCH_SIZE=512 does not divide by",
-        ),
-        ("pretrain_130m.sh", {"DEVICE": "tpu"}, "DEVICE=tpu: choose cuda or cpu"),
         ("pretrain_130m.sh", {"PRECISION": "fp16"}, "PRECISION=fp16: choose bf16, fp8 or fp32"),
         ("pretrain_130m.sh", {"DATA": "c4"}, "DATA=c4: choose files or mock"),
-        ("pretrain_130m.sh", {"TRANSFORMER_IMPL": "te"}, "TRANSFORMER_IMPL=te: choose"),
         ("pretrain_130m.sh", {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is less"),
         ("pretrain_130m.sh", {"NNODES": "2"}, "NNODES=2 needs NODE_RANK"),
         ("pretrain_130m.sh", {"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
@@ -325,6 +340,24 @@ def test_wrong_words_and_variables_are_named_at_once(
     assert expected in line
     assert result.stdout == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_is_passed_on_as_it_is_the_program_refuses(
+    setting: str, plans: dict[str, Any]
+) -> None:
+    assert isinstance(plans[setting], str), plans[setting]
+    assert REFUSED[setting] in plans[setting]
+
+
+def test_a_refusal_of_the_program_is_the_one_line_that_the_user_sees(tmp_path: Path) -> None:
+    variables = {**SHRUNK, "WARMUP_ITERS_PER_LAYER": "0", "RUN_DIR": str(tmp_path)}
+    result = run_script("pretrain_130m.sh", **variables)
+    assert result.returncode == 2
+    lines = (result.stdout + result.stderr).splitlines()
+    (line,) = [line for line in lines if line.startswith("error: ")]
+    assert "--prores-warmup-iters-per-layer 0: must be at least 1" in line
+    assert [folder.name for folder in tmp_path.iterdir()] == ["logs"]
 
 
 def test_a_dry_run_prints_no_key_and_starts_nothing(tmp_path: Path) -> None:
@@ -345,66 +378,52 @@ def test_a_dry_run_prints_no_key_and_starts_nothing(tmp_path: Path) -> None:
     assert "WANDB_MODE=online" in run_script("pretrain_71m.sh", "--dry-run", **without_key).stdout
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Every script, run for real with another method each: its directory, and what it printed."""
-    root = tmp_path_factory.mktemp("runs")
-    methods = {
-        "pretrain_71m.sh": "",
-        "pretrain_130m.sh": "sandwich linear_sqrt",
-        "pretrain_350m.sh": "lns plain",
-        "pretrain_1b.sh": "post prores",
-        "pretrain_3b.sh": "scaled plain",
-        "pretrain_7b.sh": "deepnorm stagewise_L",
-        "depth_study.sh-120": "post plain",
-        "schedule_ablation.sh-reverse": "pre",
-    }
-
-    def start(name: str) -> subprocess.CompletedProcess[str]:
-        # W&B without a key, and where the key is not to be seen: neither in the output.
-        wandb = {"WANDB_PROJECT": "p", "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
-        more = wandb if name == "pretrain_71m.sh" else {"PRECISION": "bf16"}
-        variables = {**SHRUNK, **more, "RUN_DIR": str(root / name), "LOG_ID": "first"}
-        return run_script(name, *methods[name].split(), cwd=root, **variables)
-
-    # As many at a time as there are cores, of two ranks each, as their imports take turns.
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(methods, pool.map(start, methods), strict=True))
-    for name, result in results.items():
-        assert result.returncode == 0, name + result.stdout[-3000:] + result.stderr[-3000:]
-    return {name: (root / name, result.stdout) for name, result in results.items()}
-
-
-SUMMARIES = {
-    "pretrain_71m.sh": "71m pre-prores-linear: ",
-    "pretrain_130m.sh": "130m sandwich-prores-linear_sqrt: ",
-    "pretrain_350m.sh": "350m lns-plain: ",
-    "pretrain_1b.sh": "1b post-prores-linear: ",
-    "pretrain_3b.sh": "3b scaled-plain: ",
-    "pretrain_7b.sh": "7b deepnorm-prores-stagewise_L: ",
-    "depth_study.sh-120": "depth_120 post-plain: ",
-    "schedule_ablation.sh-reverse": "schedule pre-prores-reverse: ",
+# What each script is trained with: words, placement, schedule. The first is launched, below.
+TRAINED = {
+    "pretrain_71m.sh": ("", "pre", "linear"),
+    "pretrain_130m.sh": ("sandwich linear_sqrt", "sandwich", "linear_sqrt"),
+    "pretrain_350m.sh": ("lns plain", "lns", ""),
+    "pretrain_1b.sh": ("post prores", "post", "linear"),
+    "pretrain_3b.sh": ("scaled plain", "pre", ""),
+    "pretrain_7b.sh": ("deepnorm stagewise_L", "deepnorm", "stagewise_L"),
+    "depth_study.sh-120": ("post plain", "post", ""),
+    "schedule_ablation.sh-reverse": ("pre", "pre", "reverse"),
 }
 
 
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_every_script_trains_shrunk(
-    name: str, finished: dict[str, tuple[Path, str]], plans: dict[str, Any]
-) -> None:
-    run, output = finished[name]
-    assert output.startswith(SUMMARIES[name])
-    # Its defaults, that it was shrunk from, were read from the same script.
-    assert plan_of(name.replace("reverse", "linear")) in plans
+def check_training(name: str, output: str, run: Path) -> None:
+    _, placement, schedule = TRAINED[name]
     assert "iteration        4/       4" in output
-    schedule = SUMMARIES[name].partition(" ")[2].rstrip(": ").partition("-prores-")[2]
-    assert (f"schedule {schedule}, warmup of 4 iterations over 4 layers" in output) == (
-        schedule != ""
-    )
-    placement = {"scaled": "pre"}.get(
-        word := SUMMARIES[name].split()[1].split("-")[0], word
-    ).rstrip(":")
+    words = f"schedule {schedule}, warmup of 4 iterations over 4 layers"
+    assert (words in output) == (schedule != "")
     assert re.search(rf"norm_placement \.+ {placement}\n", output)
     assert (run / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+@pytest.mark.parametrize("name", [*TRAINED][1:])
+def test_every_script_trains_shrunk(name: str, tmp_path: Path) -> None:
+    words, variables = TRAINED[name][0].split(), {**SHRUNK, "PRECISION": "bf16"}
+    flags = dry_run(name, *words, **variables, RUN_DIR=str(tmp_path))[1]
+    job = run_job(tmp_path / "job", flags, ranks=2)
+    assert job.succeeded, job.output[-3000:]
+    check_training(name, job.output, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A script launched for real, with a W&B key that is not to be seen: its folder and output."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    variables = {**SHRUNK, "RUN_DIR": str(run), "LOG_ID": "first"}
+    wandb = {"WANDB_PROJECT": "p", "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+    result = run_script("pretrain_71m.sh", cwd=run.parent, **variables, **wandb)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return run, result.stdout
+
+
+def test_a_script_starts_its_ranks_and_each_has_a_log(launched: tuple[Path, str]) -> None:
+    run, output = launched
+    assert output.startswith("71m pre-prores-linear: node 0 of 1")
+    check_training("pretrain_71m.sh", output, run)
     first, last = ((run / f"logs/first/rank{rank}.log").read_text() for rank in (0, 1))
     assert "after training is done" in first
     assert "iteration        4/       4" in last
@@ -416,8 +435,8 @@ def offline_runs(run: Path) -> list[str]:
     return [folder.name for folder in (run / "wandb").glob("offline-run-*")]
 
 
-def test_no_key_in_any_output_or_file(finished: dict[str, tuple[Path, str]]) -> None:
-    run, output = finished["pretrain_71m.sh"]
+def test_no_key_in_any_output_or_file(launched: tuple[Path, str]) -> None:
+    run, output = launched
     assert KEY not in output
     assert not [
         file for file in run.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()
@@ -425,9 +444,9 @@ def test_no_key_in_any_output_or_file(finished: dict[str, tuple[Path, str]]) -> 
 
 
 def test_a_second_start_resumes_the_wandb_run_and_a_signal_saves(
-    finished: dict[str, tuple[Path, str]], tmp_path: Path
+    launched: tuple[Path, str], tmp_path: Path
 ) -> None:
-    run, _ = finished["pretrain_71m.sh"]
+    run, _ = launched
     variables = {**SHRUNK, "RUN_DIR": str(run), "WANDB_PROJECT": "p", "WANDB_MODE": "offline"}
     again = run_script("pretrain_71m.sh", **variables)
     assert again.returncode == 0

@@ -162,17 +162,3 @@ def test_one_model_over_two_hosts_then_a_host_is_cut_off(hosts: Hosts) -> None:
         assert words.startswith(f"error: node {node} ({hosts.NAMES[node]}): its ranks were ended: ")
         assert f"node {other} ({hosts.NAMES[other]}) has not been heard of for 1" in words
     assert f"resuming at iteration {saved} of 100000" in logs[0].read_text()
-
-
-def test_two_hosts_of_one_number_are_refused(hosts: Hosts) -> None:
-    logs = [hosts.directory / f"same-{name}.log" for name in hosts.NAMES]
-    variables = {**RUN, "NODE_RANK": "0", "NODE_WAIT_SECONDS": "20"}
-    variables["RUN_DIR"] = str(hosts.directory / "same")
-    started = [hosts.start(node, logs[node], **variables) for node in (0, 1)]
-    try:
-        codes = [process.wait(120) for process in started]
-    finally:
-        end_all(started)
-    assert 2 in codes
-    text = logs[codes.index(2)].read_text()
-    assert "is node 0 already; give each node another --node-rank (NODE_RANK)" in text

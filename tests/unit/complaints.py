@@ -5,11 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from megatron_prores.errors import UserError
+from megatron_prores.flags import told_in_flags
 
 
 def complaint_of(function: Callable[..., object], *args: object) -> str:
     """What a user reads when ``function(*args)`` refuses: one line that names the flag."""
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, told_in_flags():
         function(*args)
     words = error.value.message()
     assert words.startswith("--prores-")

@@ -67,36 +67,33 @@ def test_documents_are_whole_files_without_duplicates_undecodable_or_installed_o
     library: Path,
 ) -> None:
     found = corpus.collect(min_bytes=1, standard_library=library)
-    sources = [file.source for file in found.files]
-    # The copy sorts first and stays; the equal file after it is the duplicate.
+    # The copy sorts first and stays; the equal file after it is the repeat.
     expected = {f"package/m{n:02}.py" for n in range(60)} - {"package/m07.py"} | {"a_copy.py"}
-    assert set(sources) == expected
-    assert sources == sorted(sources)
-    assert (found.duplicates, found.undecodable) == (1, 1)
-    for file in found.files:
-        assert file.text.encode() == (library / file.source).read_bytes()
-        assert file.size == len(file.text.encode())
+    assert list(found) == sorted(expected)
+    for source, text in found.items():
+        assert text.encode() == (library / source).read_bytes()
 
 
 def test_a_files_split_depends_on_its_path_alone(library: Path, tmp_path: Path) -> None:
-    files = corpus.collect(1, library).files
+    files = corpus.collect(1, library)
+    later = dict(list(files.items())[20:])
     corpus.write_corpus(files, tmp_path / "all", 0.3)
-    corpus.write_corpus(files[20:], tmp_path / "some", 0.3)
+    corpus.write_corpus(later, tmp_path / "some", 0.3)
     valid = {d["source"] for d in read_documents(tmp_path / "all" / "valid.jsonl")}
     train = {d["source"] for d in read_documents(tmp_path / "all" / "train.jsonl")}
     some = {d["source"] for d in read_documents(tmp_path / "some" / "valid.jsonl")}
     assert not valid & train
-    assert valid | train == {file.source for file in files}
-    assert some == valid & {file.source for file in files[20:]}
+    assert valid | train == set(files)
+    assert some == valid & set(later)
 
 
 def test_a_cap_keeps_a_fixed_sample_from_all_over_the_library(library: Path) -> None:
-    files = corpus.collect(1, library).files
-    limit = sum(file.size for file in files) // 3
+    files = corpus.collect(1, library)
+    limit = corpus.size_of(files) // 3
     kept = corpus.cap(files, limit)
     assert kept == corpus.cap(files, limit)
-    assert 0.8 * limit < sum(file.size for file in kept) <= limit
-    positions = [files.index(file) for file in kept]
+    assert 0.8 * limit < corpus.size_of(kept) <= limit
+    positions = [list(files).index(source) for source in kept]
     assert positions == sorted(positions)
     assert positions[-1] > 2 * len(files) // 3
 
@@ -107,19 +104,18 @@ def test_a_library_without_its_tests_is_filled_up_with_installed_packages(
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "big.py").write_text("# text\n" * 1000)
-    found = corpus.collect(5000, library, [packages])
-    assert "site-packages/big.py" in [file.source for file in found.files]
+    assert "site-packages/big.py" in corpus.collect(5000, library, [packages])
     assert "installed packages" in capsys.readouterr().out
     with pytest.raises(UserError, match="--min-megabytes"):
         corpus.collect(50_000, library, [packages])
 
 
 def test_another_corpus_in_the_folder_is_not_overwritten(library: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("mine\n")
+    (tmp_path / "valid.jsonl").write_text("mine\n")
     with pytest.raises(UserError, match="already exists"):
-        corpus.write_corpus(corpus.collect(1, library).files, tmp_path, 0.3)
-    assert (tmp_path / "train.jsonl").read_text() == "mine\n"
-    assert not (tmp_path / "valid.jsonl").exists()
+        corpus.write_corpus(corpus.collect(1, library), tmp_path, 0.3)
+    assert (tmp_path / "valid.jsonl").read_text() == "mine\n"
+    assert not (tmp_path / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ JSON = json.dumps({"steps": STEPS, "alpha": TABLE})
 def file_config(directory: Path, text: str | bytes, name: str = "alpha.csv") -> ProResConfig:
     path = directory / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return ProResConfig(schedule=f"file:{path}")
+    config = ProResConfig(schedule=f"file:{path}")
+    config.load()
+    return config
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.csv", CSV), ("a.json", JSON), ("A.JSON", JSON)])

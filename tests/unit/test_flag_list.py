@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 
 import pytest
 
-from megatron_prores.command_line import conflicts, never
 from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.command_line.conflicts import check_flags
 from megatron_prores.command_line.effects import NO_EFFECT, UNTRIED, effect_warnings
 from megatron_prores.command_line.never import NEVER
-from megatron_prores.command_line.rules import NOT_WITH_OWN_LAYER
-from megatron_prores.environment import every_package
+from megatron_prores.command_line.rules import NEEDS_PACKAGE, NOT_WITH_OWN_LAYER
+from megatron_prores.environment import TargetEnvironment
 from megatron_prores.errors import UserError
 from tests.distributed.launch import REPOSITORY
 from tests.gpu.command_lines import BF16
@@ -41,24 +39,34 @@ ACTIONS = actions_by_flag(PARSER)
 LISTED = read_document()
 
 
-@pytest.fixture(autouse=True)
-def _target_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Takes packages as installed and leaves the GPU alone, as the planner does."""
-    monkeypatch.setattr(conflicts, "check_fp8_hardware", lambda args: None)
-    with every_package():
-        yield
+class Machine(TargetEnvironment):
+    """Has every package but one, and a GPU that is not asked."""
+
+    has_this_gpu = False
+
+    def __init__(self, missing: str = "") -> None:
+        super().__init__()
+        self.missing = missing
+
+    def is_installed(self, module: str) -> bool:
+        return module != self.missing
 
 
 def of(verdict: str) -> list[Listed]:
     return [entry for entry in LISTED if entry.verdict == verdict]
 
 
-def check(words: list[str]) -> None:
-    """Parses and checks a command line as the main program does before Megatron validates it."""
+def check(words: list[str], missing: str = "") -> None:
+    """Parses and checks a command line as the main program does before Megatron validates it.
+
+    Args:
+        words: The command line.
+        missing: A module that the machine does not have.
+    """
     prores, _ = read_prores_flags(words)
     args = PARSER.parse_args(words)
     args.rank, args.world_size = 0, 1
-    check_flags(args, prores)
+    check_flags(args, prores, Machine(missing))
 
 
 def flags_of(table: dict[str, str]) -> set[str]:
@@ -110,12 +118,36 @@ def test_a_refused_flag_ends_the_program_with_its_name(flag: str) -> None:
     assert "\n" not in caught.value.message()
 
 
-def test_gated_delta_net_asks_for_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [*BASE, "--experimental-attention-variant", "gated_delta_net"]
+LOCAL_LAYER_NORM = "--transformer-impl local --normalization LayerNorm"
+
+NEEDS = {
+    "emerging_optimizers": ("--optimizer muon", "--optimizer muon needs emerging-optimizers"),
+    "transformer_engine": ("", "--transformer-impl transformer_engine .the default. needs"),
+    "fla": ("--experimental-attention-variant gated_delta_net", "flash-linear-attention"),
+    "apex": (f"{LOCAL_LAYER_NORM} --apply-layernorm-1p", "--apply-layernorm-1p .* needs Apex"),
+    "fused_weight_gradient_mlp_cuda": ("", "give --no-gradient-accumulation-fusion"),
+}
+
+
+def test_every_package_is_in_the_table() -> None:
+    assert NEEDS.keys() == {module for _, _, module, _, _ in NEEDS_PACKAGE}
+
+
+@pytest.mark.parametrize("missing", NEEDS)
+def test_a_flag_asks_the_target_machine_for_its_package(missing: str) -> None:
+    flags, said = NEEDS[missing]
+    words = [word for word in BASE if word != "--no-gradient-accumulation-fusion"] + flags.split()
     check(words)
-    monkeypatch.setattr(never, "is_installed", lambda module: module != "fla")
-    with pytest.raises(UserError, match="flash-linear-attention, which is not installed"):
-        check(words)
+    with pytest.raises(UserError, match="which is not installed") as caught:
+        check(words, missing)
+    assert re.search(said, caught.value.message())
+
+
+def test_a_graph_of_transformer_engine_needs_it_whatever_the_layers() -> None:
+    words = [*BASE, *shlex.split("--transformer-impl local --cuda-graph-impl transformer_engine")]
+    check(words)
+    with pytest.raises(UserError, match="--cuda-graph-impl transformer_engine needs"):
+        check(words, "transformer_engine")
 
 
 def test_what_the_rules_refuse_is_listed_as_refused() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from megatron.core.msc_utils import maybe_msc
 
-from megatron_prores.training.lifecycle import WholeTracker
+from megatron_prores.upstream.tracker_file import FilesWithAtomicTracker
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def test_the_tracker_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    files = WholeTracker(maybe_msc)
+    files = FilesWithAtomicTracker(maybe_msc)
     path = tmp_path / TRACKER
     path.write_text("2")
     with files.open(str(path), "w") as file:
@@ -32,7 +32,7 @@ def test_the_tracker_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Pa
 
 
 def test_other_files_are_opened_as_ever(tmp_path: Path) -> None:
-    files = WholeTracker(maybe_msc)
+    files = FilesWithAtomicTracker(maybe_msc)
     with files.open(tmp_path / "other", "w") as file:
         file.write("text")
     with files.open(str(tmp_path / "other"), "r") as file:

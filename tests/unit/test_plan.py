@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shlex
@@ -10,13 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
-from megatron_prores.plan.options import read_options
+from megatron_prores.plan.main import read_options
+from megatron_prores.plan.target import PlannedMachine
 from megatron_prores.schedule.timeline import Phase, Timeline
+from megatron_prores.upstream.registry import listed
 from tests.refusals import REPOSITORY, clean_environment
 
 DOC = REPOSITORY / "docs" / "plan.md"
@@ -68,6 +73,63 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> No
 def test_other_time_limits_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--time-limit"):
         read_options(["--world-size", "8", f"--time-limit={text}", "--", "--num-layers", "4"], {})
+
+
+# ---- The machine of the run ----------------------------------------------------------------------
+
+
+def test_absent_paths_may_be_on_the_machine_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    machine = PlannedMachine()
+    assert machine.is_elsewhere("/nowhere/a", str(tmp_path / "b"))
+    for here in (str(tmp_path), str(tmp_path / "file"), str(tmp_path / "file" / "below"), "s3://a"):
+        assert not machine.is_elsewhere(here)
+        assert not machine.is_elsewhere("/nowhere/a", here)
+    assert not THIS_MACHINE.is_elsewhere("/nowhere/a")
+
+
+def test_a_directory_that_cannot_be_made_here_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, whatever the permissions.
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path))
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "file").touch()
+    new, closed, below = (str(tmp_path / name) for name in ("new", "closed/new", "file/below"))
+    machine = PlannedMachine()
+    for _ in range(2):
+        machine.check_writable("--save", new)
+        machine.check_writable("--save", closed)
+    assert machine.notes == [f"--save {closed}: cannot be made here; not tried"]
+    for path, each in ((below, machine), (below, THIS_MACHINE), (closed, THIS_MACHINE)):
+        with pytest.raises(UserError, match=f"--save {path}: "):
+            each.check_writable("--save", path)
+
+
+def test_packages_are_taken_as_installed_and_told() -> None:
+    machine = PlannedMachine()
+    assert machine.is_installed("numpy")
+    assert machine.is_installed("no_such_module")
+    assert not TargetEnvironment().is_installed("no_such_module")
+    machine.note_assumptions(SimpleNamespace(device="cpu"))
+    assert machine.notes == [
+        "packages that must be installed there, and are not here: no_such_module"
+    ]
+
+
+def test_megatron_is_answered_for_the_machine_of_the_run_and_nothing_of_ours_is_replaced() -> None:
+    import torch
+    from megatron.core import utils
+
+    before = utils.get_te_version()
+    with PlannedMachine().known_to_megatron():
+        assert str(utils.get_te_version()) == "2.20"
+        assert torch.cuda.get_device_capability() == (9, 0)
+        names = [*listed()]
+        assert "megatron.core.utils._te_version" in names
+        assert all(name.startswith(("megatron.", "torch.")) for name in names), names
+    assert utils.get_te_version() == before
+    assert not {"megatron.core.utils._te_version", "torch.cuda.get_device_capability"} & {*listed()}
 
 
 # ---- Steps, samples, tokens ----------------------------------------------------------------------

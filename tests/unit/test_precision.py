@@ -14,6 +14,7 @@ from megatron_prores.command_line.precision import (
     check_graphs,
 )
 from megatron_prores.errors import UserError
+from megatron_prores.plan.target import PlannedMachine
 
 # ffn sizes of the paper's models, which are all multiples of 8 and not all of 16 or 32.
 PUBLISHED = {
@@ -99,18 +100,12 @@ def test_graphs_that_work(impl: str) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (graph("transformer_engine"), "needs Transformer Engine"),
         (graph("local", transformer_impl="local"), "--te-rng-tracker"),
         (graph("full_iteration", check_for_spiky_loss=True), "--check-for-spiky-loss"),
         (graph("full_iteration", timing_log_level=2), "--timing-log-level 2"),
     ],
 )
-def test_graphs_that_do_not(
-    args: SimpleNamespace, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron_prores.command_line import precision
-
-    monkeypatch.setattr(precision, "is_installed", lambda module: False)
+def test_graphs_that_do_not(args: SimpleNamespace, words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_graphs(args)
     check_graphs(SimpleNamespace(**vars(args) | {"cuda_graph_impl": "none"}))
@@ -132,3 +127,4 @@ def test_a_gpu_without_kernels_for_the_recipe(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match=r"mxfp8 cannot be used on NVIDIA H200: .* 10\.0"):
         check_fp8_hardware(model("7B", fp8_recipe="mxfp8"))
     check_fp8_hardware(model("7B", fp8=None, fp8_recipe="mxfp8"))
+    check_fp8_hardware(model("7B", fp8_recipe="mxfp8"), PlannedMachine())

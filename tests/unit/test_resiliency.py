@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_prores import environment
-from megatron_prores.command_line import resiliency
 from megatron_prores.command_line.resiliency import LEAST, check_resiliency, check_start
-from megatron_prores.environment import every_package
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.plan.target import PlannedMachine
 from tests.distributed.launch import REPOSITORY
 
 GIVEN = {
@@ -64,12 +63,18 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class EmptyMachine(TargetEnvironment):
+    """A machine without packages."""
+
+    def is_installed(self, module: str) -> bool:
+        return False
+
+
 @pytest.mark.parametrize("flag", GIVEN)
-def test_it_is_missing(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resiliency, "is_installed", lambda module: False)
-    check_resiliency(flags())
+def test_it_is_missing(flag: str) -> None:
+    check_resiliency(flags(), EmptyMachine())
     with pytest.raises(UserError, match=f"^{flag}.* needs .* {LEAST} or newer, which is not"):
-        check_resiliency(flags(**GIVEN[flag]))
+        check_resiliency(flags(**GIVEN[flag]), EmptyMachine())
 
 
 @pytest.mark.parametrize("flag", GIVEN)
@@ -89,10 +94,11 @@ def test_it_is_new_enough(version: str, path: Path) -> None:
 
 def test_a_plan_takes_it_as_installed_and_notes_the_version(path: Path) -> None:
     install(path, "0.5.1")
-    with every_package() as packages:
-        check_resiliency(flags(**GIVEN["--enable-ft-package"]))
-        assert packages == ["nvidia-resiliency-ext>=0.6.0"]
-    assert environment.version_below("nvidia-resiliency-ext", "0.6.0") == "0.5.1"
+    machine = PlannedMachine()
+    check_resiliency(flags(**GIVEN["--enable-ft-package"]), machine)
+    machine.note_assumptions(SimpleNamespace(device="cpu"))
+    assert [note.rpartition(": ")[2] for note in machine.notes] == ["nvidia-resiliency-ext>=0.6.0"]
+    assert THIS_MACHINE.version_below("nvidia-resiliency-ext", "0.6.0") == "0.5.1"
 
 
 def test_an_old_version_that_megatron_takes_for_none_is_no_obstacle(path: Path) -> None:

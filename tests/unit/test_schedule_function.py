@@ -158,7 +158,7 @@ def test_a_fault_that_comes_later_is_told_when_it_comes(module_name: str) -> Non
     ],
 )
 def test_what_is_neither_a_file_nor_a_function_is_refused(schedule: str, words: list[str]) -> None:
-    complaint = complaint_of(lambda: ProResConfig(schedule=schedule))
+    complaint = complaint_of(lambda: ProResConfig(schedule=schedule).load())
     assert all(word in complaint for word in words), complaint
 
 

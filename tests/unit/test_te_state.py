@@ -11,7 +11,9 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron_prores.checkpoint import te_state
 from megatron_prores.checkpoint.te_state import drop_absent_states, load_state
+from megatron_prores.upstream.registry import listed, undone_afterwards
 
 
 def an_object(key: str) -> ShardedObject:
@@ -59,6 +61,20 @@ def test_recipe_is_read() -> None:
     recipes = pytest.importorskip("transformer_engine.common.recipe")
     loaded = load_state(pickle.dumps({"recipe": recipes.DelayedScaling(margin=1)}))
     assert loaded["recipe"] == recipes.DelayedScaling(margin=1)
+
+
+def test_transformer_engine_reads_its_states_by_the_safe_unpickler() -> None:
+    base = pytest.importorskip("transformer_engine.pytorch.module.base")
+    op = pytest.importorskip("transformer_engine.pytorch.ops.op")
+    with undone_afterwards():
+        te_state.install()
+        te_state.install()
+        for module in (base, op):
+            assert module.pickle.loads is load_state
+            assert module.pickle.dumps is pickle.dumps
+            (entry,) = listed()[f"{module.__name__}.pickle"]
+            assert entry.written_against == "transformer_engine 2.20"
+    assert base.pickle is op.pickle is pickle
 
 
 def test_cpu_device_hides_what_needs_a_gpu(tmp_path: Path) -> None:

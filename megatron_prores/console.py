@@ -1,0 +1,56 @@
+"""The console commands of the installed package (pyproject.toml); a clone has them in tools/."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_prores.errors import run_program
+
+
+def checkpoint() -> None:
+    """Run ``prores-checkpoint``: list, verify and compare checkpoints."""
+    from megatron_prores.checkpoint.tool import main
+
+    run_program(main)
+
+
+def doctor() -> None:
+    """Run ``prores-doctor``: what this machine has, and what is missing."""
+    from megatron_prores.doctor.main import main
+
+    run_program(main)
+
+
+def launch() -> None:
+    """Run ``prores-launch``: torchrun, with the exit code of the run."""
+    from megatron_prores.launch.main import main
+
+    run_program(lambda: main(sys.argv[1:]))
+
+
+def plan() -> None:
+    """Run ``prores-plan``: what a training run will do."""
+    from megatron_prores.plan.main import main
+
+    run_program(main)
+
+
+def plot() -> None:
+    """Run ``prores-plot``: draw a run's losses and the warmup of its layers."""
+    from megatron_prores.plot import main
+
+    run_program(main)
+
+
+def preprocess() -> None:
+    """Run ``prores-preprocess``: JSON lines to Megatron's indexed dataset."""
+    from megatron_prores.data.preprocess import main
+
+    run_program(main)
+
+
+def tokenizer() -> None:
+    """Run ``prores-tokenizer``: train a SentencePiece tokenizer."""
+    from megatron_prores.data.tokenizer import main
+
+    run_program(main)

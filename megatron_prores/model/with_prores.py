@@ -1,0 +1,202 @@
+"""ProRes in a layer spec of Megatron's: its layers exchanged, its norms placed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.inference_layers import InferenceRowParallelLinear
+from megatron.core.transformer.heterogeneous.linear_replacements import (
+    ColumnParallelLinearGathered,
+)
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+from megatron_prores.errors import Argument, ArgumentError
+from megatron_prores.model.layer import PRORES_LAYERS, ProResLayerSubmodules
+from megatron_prores.placement import placement_of
+
+INPUT_NORM_SLOTS = ("linear_qkv", "in_proj", "linear_qkv_down_proj", "linear_fc1")
+"""The parts of a branch that Transformer Engine's spec may fuse the norm before the branch into: of
+attention, gated delta net, latent attention with one down projection, and MLP."""
+
+# Each tensor-parallel rank holds the whole of it.
+_DUPLICATED = ("linear_qkv_down_proj",)
+
+# A norm that is fused into these normalizes the latents of latent attention: it is a part of F.
+_INNER_NORM_SLOTS = ("linear_q_up_proj", "linear_kv_up_proj")
+
+_BRANCHES = ("self_attention", "mlp")
+
+
+def with_prores[Spec: (ModuleSpec, TransformerBlockSubmodules)](
+    spec: Spec, norm_placement: str = "pre"
+) -> Spec:
+    """Return a copy of a spec whose layers have the residual hook and their norms placed.
+
+    Without a warmup that drives them (:class:`ResidualWarmup`) the layers run with alpha = 1.
+
+    Args:
+        spec: Of a layer, of a block, or the parts of a block, as Megatron's functions return it:
+            local or Transformer Engine; dense, MoE, MLA or heterogeneous. It is not changed.
+        norm_placement: Where the norms of a layer sit, one of ``placement.PLACEMENTS``. Added norms
+            are of the class that the spec's own norms have. ``lns`` and ``deepnorm`` ask for
+            initial weights of their own as well: see :func:`initialize_weights`.
+
+    Raises:
+        ArgumentError: The placement is unknown, or the spec has a layer, a branch or a norm that
+            ProRes has no counterpart of.
+    """
+    placement_of(norm_placement)
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers = [_prores_layer(layer, norm_placement) for layer in spec.layer_specs]
+        return dataclasses.replace(spec, layer_specs=layers)
+    if not isinstance(spec, ModuleSpec):
+        raise ArgumentError(
+            Argument("spec"),
+            ": must be a ModuleSpec or TransformerBlockSubmodules of Megatron's, not "
+            f"{type(spec).__name__}",
+        )
+    if _is_kind_of(get_module(spec), TransformerBlock):
+        return dataclasses.replace(spec, submodules=with_prores(spec.submodules, norm_placement))
+    return _prores_layer(spec, norm_placement)
+
+
+def _prores_layer(layer: ModuleSpec, norm_placement: str) -> ModuleSpec:
+    """Exchange a stock layer for ours, with its norms in place."""
+    module = get_module(layer)
+    if module not in PRORES_LAYERS:
+        raise ArgumentError(
+            Argument("spec"), f": ProRes has no residual hook for the layer class {module.__name__}"
+        )
+    stock = layer.submodules
+    for name in _BRANCHES:
+        places = _find_module(getattr(stock, name), InferenceRowParallelLinear, name)
+        if place := next(places, None):
+            raise ArgumentError(
+                Argument("spec"),
+                f": the inference kernels of {place} add the residual themselves, without alpha",
+            )
+    placement = placement_of(norm_placement)
+    backend = TESpecProvider()
+    parts = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
+    if not placement.norm_input:
+        parts |= _without_input_norms(stock.self_attention, stock.mlp, backend, norm_placement)
+    if not placement.is_stock:
+        # A branch that a heterogeneous model leaves out has nothing to norm.
+        for bda, slot in (
+            ("self_attn_bda", "post_self_attn_layernorm"),
+            ("mlp_bda", "post_mlp_layernorm"),
+        ):
+            if parts[bda] is not IdentityFuncOp:
+                parts[slot] = _norm_of(stock, backend)
+    return dataclasses.replace(
+        layer,
+        module=PRORES_LAYERS[module],
+        submodules=ProResLayerSubmodules(**parts),
+        params={**layer.params, "norm_placement": norm_placement},
+    )
+
+
+def _norm_of(stock: Any, backend: BackendSpecProvider) -> LayerNormBuilder:
+    """Return the class of the norms before the branches of a stock layer.
+
+    Args:
+        stock: The layer's submodules.
+        backend: Transformer Engine's.
+    """
+    norms = [stock.input_layernorm, stock.pre_mlp_layernorm]
+    norm = next((each for each in norms if each is not IdentityOp), None)
+    fused = backend.column_parallel_layer_norm_linear()
+    is_fused = any(
+        True for name in _BRANCHES for _ in _find_module(getattr(stock, name), fused, name)
+    )
+    # Upstream's adapter of the norm, where it may fuse the residual addition into it: ours stands
+    # where nothing is left to add.
+    if norm is backend.layer_norm(has_residual=True) or (norm is None and is_fused):
+        return backend.layer_norm()
+    if norm is None:
+        raise ArgumentError(Argument("spec"), ": a layer without any norm, to add norms like it")
+    return norm
+
+
+def _without_input_norms(
+    attention: ModuleSpec, mlp: object, backend: BackendSpecProvider, norm_placement: str
+) -> dict[str, object]:
+    """Return the parts of a layer whose branches are F(x) instead of F(N(x)).
+
+    Raises:
+        ArgumentError: A norm is fused into a module that has no counterpart without it.
+    """
+    parts: dict[str, object] = {"input_layernorm": IdentityOp, "pre_mlp_layernorm": IdentityOp}
+    parts |= {"self_attention": _unfused(attention, backend), "mlp": _unfused(mlp, backend)}
+    fused = backend.column_parallel_layer_norm_linear()
+    for name in _BRANCHES:
+        if left := next(_find_module(parts[name], fused, name), None):
+            raise ArgumentError(
+                Argument("norm_placement", norm_placement),
+                f": has no norm before a branch, and the layer has a module with one fused into it "
+                f"({left}) that ProRes knows no counterpart of",
+            )
+    return parts
+
+
+def _unfused(branch: Any, backend: BackendSpecProvider) -> Any:
+    """Exchange the module of a branch that a norm is fused into for the one without the norm.
+
+    Transformer Engine fuses the norm and the linear that follows it into one module; without the
+    norm it is a plain linear of the same backend.
+    """
+    fused = backend.column_parallel_layer_norm_linear()
+    if isinstance(branch, ModuleSpec):
+        if _is_kind_of(branch.module, fused):  # the linear that replaces a heterogeneous attention
+            return dataclasses.replace(branch, module=ColumnParallelLinearGathered)
+        submodules = _unfused_submodules(branch.submodules, backend)
+        return dataclasses.replace(branch, submodules=submodules)
+    if isinstance(branch, partial):
+        if _is_kind_of(branch.func, fused):  # ... or a heterogeneous MLP
+            return partial(ColumnParallelLinearGathered, *branch.args, **branch.keywords)
+        if "submodules" in branch.keywords:
+            submodules = _unfused_submodules(branch.keywords["submodules"], backend)
+            return partial(
+                branch.func, *branch.args, **branch.keywords | {"submodules": submodules}
+            )
+    return branch
+
+
+def _unfused_submodules(submodules: Any, backend: BackendSpecProvider) -> Any:
+    fused = backend.column_parallel_layer_norm_linear()
+    plain = {
+        slot: backend.linear() if slot in _DUPLICATED else backend.column_parallel_linear()
+        for slot in INPUT_NORM_SLOTS
+        if _is_kind_of(getattr(submodules, slot, None), fused)
+    }
+    return dataclasses.replace(submodules, **plain) if plain else submodules
+
+
+def _find_module(spec: Any, kind: object, place: str) -> Iterator[str]:
+    """Yield the places within a branch's spec that name a kind of module."""
+    if place.rpartition(".")[2] in _INNER_NORM_SLOTS:
+        return
+    if _is_kind_of(spec, kind):
+        yield place
+    elif isinstance(spec, ModuleSpec):
+        yield from _find_module(spec.module, kind, place)
+        yield from _find_module(spec.submodules, kind, place)
+    elif isinstance(spec, partial):
+        for value in (spec.func, *spec.args, *spec.keywords.values()):
+            yield from _find_module(value, kind, place)
+    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        for field in dataclasses.fields(spec):
+            yield from _find_module(getattr(spec, field.name), kind, f"{place}.{field.name}")
+
+
+def _is_kind_of(module: object, kind: object) -> bool:
+    # Where Transformer Engine is not installed, Megatron's names for its classes are no classes.
+    return isinstance(module, type) and isinstance(kind, type) and issubclass(module, kind)

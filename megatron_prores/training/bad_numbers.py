@@ -1,0 +1,57 @@
+"""Ends a run whose loss or gradient is NaN or infinite, with one line that says where."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_prores.upstream.registry import wrap
+
+
+def report_bad_numbers() -> None:
+    """Report in one line where a loss or a gradient was NaN or infinite, in any iteration.
+
+    Megatron's check reports it among many lines, and does not look at the first iteration of a run,
+    whose update would ruin the weights that are saved next.
+
+    Raises:
+        RuntimeError: The installed Megatron has other signatures than those relied on.
+    """
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    def validate_result(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        machine, fatal = named["self"], named.get("fatal", True)
+        known = machine.rerun_requested
+        unchecked = machine.mode == RerunMode.DISABLED or not machine.first_iteration_complete
+        if fatal and unchecked and machine.mode != RerunMode.REPORT_DETERMINISM_STATS:
+            if bool(named["rejection_func"](named["result"])):
+                _tell(machine.current_iteration, named, "the run stops")
+                # The other ranks wait for this one, and are ended with it.
+                sys.exit(1)
+            return None
+        result = stock()
+        if fatal and machine.rerun_requested and not known:
+            _tell(
+                machine.current_iteration,
+                named,
+                "Megatron repeats the step to tell bad numbers from bad hardware, then stops",
+            )
+        return result
+
+    needs = ("self", "result", "rejection_func", "message", "fatal")
+    wrap(RerunStateMachine, "validate_result", needs, validate_result, purpose=report_bad_numbers)
+
+
+def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
+    # The iteration as the log counts it; Megatron's own lines about it say one more.
+    rank = torch.distributed.get_rank()
+    print(
+        f"error: iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
+        f"(value {float(named['result'])}); {consequence}",
+        file=sys.stderr,
+        flush=True,
+    )

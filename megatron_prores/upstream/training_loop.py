@@ -1,0 +1,65 @@
+"""Hooks into Megatron's training loop, where it calls nothing of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron_prores.upstream.registry import replace, wrap
+
+if TYPE_CHECKING:
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+StepHook = Callable[[int], None]
+
+
+def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None:
+    """Call the hooks from Megatron's training loop.
+
+    Megatron 0.19.2 has no hook of its own between "the iteration is known" and "the forward pass of
+    the step starts" that would also run when a captured CUDA graph is replayed.
+
+    Both hooks get the number of completed iterations, from the counter that a checkpoint restores.
+    (The global ``args.curr_iteration`` would not do: it is one behind in the evaluation after a
+    step.)
+
+    Several may ask; one that asks again, with the same function of another object, is called once.
+
+    Args:
+        before_forward: Called on every rank before the forward passes of each training step and of
+            each evaluation, outside anything that is captured, replayed or recomputed.
+        after_logging: Called on every rank after Megatron has logged a training step.
+
+    Raises:
+        RuntimeError: The installed Megatron has other signatures than those relied on.
+    """
+    from megatron.training import training
+
+    def call_before(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        before_forward(named["iteration"])
+        return stock()
+
+    def call_after(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        result = stock()
+        after_logging(named["iteration"])
+        return result
+
+    for name, wrapper in (
+        ("train_step", call_before),
+        ("evaluate_and_print_results", call_before),
+        ("training_log", call_after),
+    ):
+        wrap(training, name, ("iteration",), wrapper, purpose=before_forward)
+
+
+def ask_for_signals(handler: DistributedSignalHandler) -> None:
+    """Let Megatron's training loop ask this handler, which listens, whether a signal came.
+
+    Args:
+        handler: Its class is also used in the processes that load data.
+    """
+    from megatron.training import global_vars
+    from megatron.training.datasets import data_samplers
+
+    replace(global_vars, ask_for_signals, _GLOBAL_SIGNAL_HANDLER=handler)
+    replace(data_samplers, ask_for_signals, DistributedSignalHandler=type(handler))
