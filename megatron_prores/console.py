@@ -21,6 +21,34 @@ def doctor() -> None:
     run_program(main)
 
 
+def evaluate() -> None:
+    """Run ``prores-evaluate``: score checkpoints with lm-evaluation-harness."""
+    from megatron_prores.evaluation.harness import main
+
+    run_program(main)
+
+
+def export() -> None:
+    """Run ``prores-export``: a checkpoint in Hugging Face's format."""
+    from megatron_prores.convert.export import main
+
+    run_program(main)
+
+
+def generate() -> None:
+    """Run ``prores-generate``: let a checkpoint go on with a text."""
+    from megatron_prores.evaluation.text import main
+
+    run_program(main)
+
+
+def import_model() -> None:
+    """Run ``prores-import``: a model in Hugging Face's format as a checkpoint."""
+    from megatron_prores.convert.from_hugging_face import main
+
+    run_program(main)
+
+
 def launch() -> None:
     """Run ``prores-launch``: torchrun, with the exit code of the run."""
     from megatron_prores.launch.main import main
