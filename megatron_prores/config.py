@@ -88,11 +88,12 @@ class ProResConfig:
             raise ArgumentError(first, *named, " each say how long the warmup is: give one")
         for name in given:
             length = Argument(name, getattr(self, name))
-            if not isinstance(length.value, Integral) or int(length.value) < 1:
+            if not isinstance(length.value, Integral):
+                raise ArgumentError(length, ": must be a whole number")
+            if int(length.value) < 1:
+                without = Argument("schedule", OFF)
                 raise ArgumentError(
-                    length,
-                    ": must be a whole number, at least 1; for a model without warmup use ",
-                    Argument("schedule", OFF),
+                    length, ": must be at least 1; for a model without warmup use ", without
                 )
             if self.schedule.startswith(FILE):
                 raise ArgumentError(

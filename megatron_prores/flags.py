@@ -58,5 +58,5 @@ def told_in_flags() -> Iterator[None]:
 
 def as_flag(argument: Argument) -> str:
     """Write an argument as the flag that it comes from, with its value where it has one."""
-    flag = FLAGS[argument.name]
+    flag = FLAGS.get(argument.name, argument.name)
     return flag if argument.value is None else f"{flag} {argument.value}"

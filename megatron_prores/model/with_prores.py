@@ -41,6 +41,8 @@ def with_prores[Spec: (ModuleSpec, TransformerBlockSubmodules)](
     """Return a copy of a spec whose layers have the residual hook and their norms placed.
 
     Without a warmup that drives them (:class:`ResidualWarmup`) the layers run with alpha = 1.
+    Prediction layers (MTP) are no part of the warmup: Megatron's function for those takes the spec
+    as it was.
 
     Args:
         spec: Of a layer, of a block, or the parts of a block, as Megatron's functions return it:
@@ -73,7 +75,9 @@ def _prores_layer(layer: ModuleSpec, norm_placement: str) -> ModuleSpec:
     module = get_module(layer)
     if module not in PRORES_LAYERS:
         raise ArgumentError(
-            Argument("spec"), f": ProRes has no residual hook for the layer class {module.__name__}"
+            Argument("spec"),
+            f": ProRes has no residual hook for the layer class {module.__name__}, but for "
+            f"{' and '.join(stock.__name__ for stock in PRORES_LAYERS)}",
         )
     stock = layer.submodules
     for name in _BRANCHES:
@@ -142,7 +146,8 @@ def _without_input_norms(
             raise ArgumentError(
                 Argument("norm_placement", norm_placement),
                 f": has no norm before a branch, and the layer has a module with one fused into it "
-                f"({left}) that ProRes knows no counterpart of",
+                f"({left}) that ProRes knows no counterpart of: use another ",
+                Argument("norm_placement"),
             )
     return parts
 

@@ -57,9 +57,7 @@ WRONG = {
     "schedule='file:a.txt': the name must end in .csv or .json": {"schedule": "file:a.txt"},
     "norm_placement='foo': no such placement; choose one of pre,": {"norm_placement": "foo"},
     "branch_init='zero': no such initialisation": {"branch_init": "zero"},
-    "warmup_iters=0: must be a whole number, at least 1; .* use schedule='none'": {
-        "warmup_iters": 0
-    },
+    "warmup_iters=0: must be at least 1; .* use schedule='none'": {"warmup_iters": 0},
     "warmup_samples=2.5: must be a whole number": {"warmup_samples": 2.5},
     "warmup_iters and warmup_iters_per_layer each say": {
         "warmup_iters": 9,
