@@ -40,7 +40,8 @@ class ProResDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: ProResConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        del self.input_layernorm, self.post_attention_layernorm
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            delattr(self, name)
         self.placement = config.norm_placement
         self.stream_gain = 1.0
         if self.placement in ("pre", "lns"):
