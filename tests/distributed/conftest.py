@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Text:
     """A small tokenized corpus."""
 
     flags: list[str]
+    short: list[str]
+    """Flags of the same text to train on, in documents that end within a sequence."""
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +46,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     flags = [*tokenizer_flags(root), "--num-workers", "0"]
     for split in ("train", "valid"):
         flags += [f"--{split}-data-path", str(root / f"{split}_text_document")]
-    return Text(flags)
+    at = flags.index("--train-data-path") + 1
+    short = [*flags[:at], str(root / "short_text_document"), *flags[at + 1 :]]
+    return Text(flags, short)
 
 
 def tokenizer_flags(root: Path) -> list[str]:
@@ -63,7 +68,10 @@ def write_text(directory: str) -> None:
             *("--output", str(root / "tokenizer.model")),
         ]
     )
-    for split in ("train", "valid"):
+    with (root / "train.jsonl").open() as whole, (root / "short.jsonl").open("w") as short:
+        for line in whole:
+            short.write(json.dumps({"text": json.loads(line)["text"][:60]}) + "\n")
+    for split in ("train", "valid", "short"):
         preprocess.main(
             [
                 *("--input", str(root / f"{split}.jsonl"), "--append-eod", "--workers", "1"),

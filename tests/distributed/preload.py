@@ -7,6 +7,8 @@ from megatron_prores.command_line import device
 
 device.prepare("cpu")
 
+import megatron.core.models.mimo  # noqa: E402
+import megatron.core.tokenizers.text.libraries  # noqa: E402
 import megatron.training.training  # noqa: E402, F401
 import tensorboard.summary.writer.event_file_writer  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
@@ -15,6 +17,9 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 import megatron_prores.checkpoint.guard  # noqa: E402
 import megatron_prores.command_line.advice  # noqa: E402
+import megatron_prores.command_line.arguments  # noqa: E402
+import megatron_prores.command_line.cpu  # noqa: E402
+import megatron_prores.command_line.paths  # noqa: E402
 import megatron_prores.command_line.setup_checks  # noqa: E402
 import megatron_prores.training.gpt  # noqa: E402
 import megatron_prores.training.lifecycle  # noqa: E402

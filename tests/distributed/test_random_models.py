@@ -100,7 +100,7 @@ class Runs:
         prepare: Callable[[], None] | None = None,
     ) -> Job:
         argv = [*COMMON, *self.model.model, *self.model.warmup, "--train-iters", str(LAST)]
-        argv += [*layout.flags, *flags]
+        argv += ["--data-cache-path", str(self.directory / "cache"), *layout.flags, *flags]
         # Shown by pytest when the test fails: a person can run it again.
         print(f"\nrun {name}, {layout.ranks} ranks: pretrain_gpt_prores.py {shlex.join(argv)}")
         directory = self.directory / name

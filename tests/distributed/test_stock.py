@@ -69,10 +69,18 @@ def printed(job: Job) -> dict[str, list[float]]:
     }
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that let the runs on the same mock data share its indices."""
+    return ["--data-cache-path", str(tmp_path_factory.mktemp("cache"))]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_prints_what_nvidias_own_program_prints(case: str, tmp_path: Path) -> None:
+def test_prints_what_nvidias_own_program_prints(
+    case: str, cache: list[str], tmp_path: Path
+) -> None:
     stock = CASES[case]
-    ours = printed(run_job(tmp_path, [*stock["flags"], *AS_STOCK], stock["ranks"]))
+    ours = printed(run_job(tmp_path, [*stock["flags"], *AS_STOCK, *cache], stock["ranks"]))
     # Gradient norms are printed with three decimals.
     assert ours.pop("grad_norm") == pytest.approx(stock["grad_norm"], rel=TOLERANCE, abs=1e-3)
     assert ours == {
@@ -111,12 +119,15 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], 
 
 @pytest.mark.parametrize("case", [name for name, stock in CASES.items() if stock["ranks"] > 1])
 def test_linear_on_the_layout_of_a_case_is_linear_on_one_rank(
-    case: str, one_rank: Callable[[list[str]], tuple[Path, Job]], tmp_path: Path
+    case: str,
+    one_rank: Callable[[list[str]], tuple[Path, Job]],
+    cache: list[str],
+    tmp_path: Path,
 ) -> None:
     stock = CASES[case]
     # One vocabulary for all layouts: else Megatron pads it to 128 times the tensor-parallel size.
     flags = [*stock["flags"], *OPTIMIZER, "--make-vocab-size-divisible-by", "64"]
-    flags += ["--train-iters", "5"]
+    flags += ["--train-iters", "5", "--eval-iters", "1", *cache]
     saved, alone = one_rank(without_layout(flags))
     job = run_job(tmp_path, [*flags, *WARMUP, "--load", str(saved)], stock["ranks"])
     assert job.alphas_by_step() == alone.alphas_by_step()
