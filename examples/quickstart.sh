@@ -46,7 +46,7 @@ for number in PRORES_CORPUS_MB PRORES_VOCAB PRORES_LAYERS PRORES_ITERS PRORES_WA
 done
 ((PRORES_LAYERS % 2 == 0)) || fail "PRORES_LAYERS=$PRORES_LAYERS: give an even number, for 2 pipeline stages"
 
-say "1/6 environment"
+say "1/7 environment"
 PYTHON=$(bash "$repo/scripts/setup.sh")
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 # Megatron says at every start which optional packages it does without.
@@ -73,7 +73,7 @@ echo "$settings" >"$run/settings"
 data=$run/data-${PRORES_CORPUS_MB}mb-$PRORES_VOCAB
 tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$data/tokenizer.model")
 
-say "2/6 text: this machine's Python library, split by file"
+say "2/7 text: this machine's Python library, split by file"
 if [[ -f $data/train.jsonl && -f $data/valid.jsonl ]]; then
   echo "there already: $data"
 else
@@ -82,7 +82,7 @@ else
     --max-megabytes "$PRORES_CORPUS_MB" --validation-fraction 0.05
 fi
 
-say "3/6 tokenizer"
+say "3/7 tokenizer"
 if [[ -f $data/tokenizer.model ]]; then
   echo "there already: $data/tokenizer.model"
 else
@@ -90,7 +90,7 @@ else
     --vocab-size "$PRORES_VOCAB" --output "$data/tokenizer.model"
 fi
 
-say "4/6 tokens, in Megatron's format"
+say "4/7 tokens, in Megatron's format"
 for split in train valid; do
   if [[ -f $data/${split}_text_document.idx ]]; then
     echo "there already: $data/${split}_text_document"
@@ -135,7 +135,7 @@ else
   device=(--device cpu)
 fi
 
-say "5/6 training: $PRORES_ITERS iterations on $ranks pipeline rank(s), ${device[1]}"
+say "5/7 training: $PRORES_ITERS iterations on $ranks pipeline rank(s), ${device[1]}"
 export WANDB_MODE=${WANDB_MODE:-offline} WANDB_SILENT=${WANDB_SILENT:-true}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) >= 4 ? $(nproc) / 2 : 1))}
 # In the background, so that a signal to this script is handed on at once: the run saves and ends.
@@ -171,9 +171,15 @@ case $code in
     ;;
 esac
 
-say "6/6 picture"
+say "6/7 picture"
 "$PYTHON" "$repo/tools/plot_run.py" --tensorboard-dir "$run/tensorboard" \
   --output "$run/run.png" --title "ProRes quickstart: $PRORES_LAYERS layers, $PRORES_SCHEDULE"
+
+say "7/7 the model for others, and what it writes"
+"$PYTHON" -W ignore "$repo/tools/export_hf.py" --load "$run/checkpoints" --output "$run/model" \
+  --overwrite
+"$PYTHON" -W ignore "$repo/tools/generate.py" --load "$run/checkpoints" \
+  --prompt "def " --prompt "import " --max-new-tokens 32 --temperature 0.7
 
 say "done"
 cat <<END
@@ -182,5 +188,6 @@ TensorBoard      $run/tensorboard
 W&B, offline     $run/wandb
 training log     $run/train.log
 picture          $run/run.png
+Hugging Face     $run/model
 validation loss  $(grep -oE 'validation loss at iteration [0-9]+ on validation set \| lm loss value: [0-9.E+-]+' "$run/train.log" | tail -n 1 | awk '{print $NF + 0}') (mean over 8 batches of text from held-out files)
 END

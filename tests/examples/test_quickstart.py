@@ -48,11 +48,16 @@ def test_it_ends_with_where_everything_is(finished: tuple[Path, str]) -> None:
         "W&B, offline",
         "training log",
         "picture",
+        "Hugging Face",
     }
     for place in places.values():
         assert Path(place).exists()
         assert Path(place).is_relative_to(clone)
     assert Path(places["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert (Path(places["Hugging Face"]) / "config.json").is_file()
+    # After both prompts something was written.
+    assert re.search(r"^def .+", output, flags=re.MULTILINE | re.DOTALL)
+    assert "\nimport " in output
     # A model that knows nothing has log(600) = 6.4.
     assert 3.0 < validation_loss(output) < 5.8
 

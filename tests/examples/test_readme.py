@@ -12,6 +12,7 @@ import torch
 from megatron_prores.command_line.arguments import add_prores_args
 from megatron_prores.schedule.formulas import SCHEDULES
 from tests.examples.clone import REPOSITORY, make_clone, run
+from tests.unit.test_evaluation import write_tasks
 from tests.wrong_invocations import ROWS
 
 README = (REPOSITORY / "README.md").read_text()
@@ -35,7 +36,7 @@ def test_readme_begins_with_the_two_commands() -> None:
 
 
 def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
-    text, train, published = BLOCKS[1:]
+    text, train, scores, published = BLOCKS[1:]
     text = text.replace("--output-dir data", "--output-dir data --max-megabytes 10")
     text = text.replace("--vocab-size 8192", "--vocab-size 512")
     train = train.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2").rstrip()
@@ -44,6 +45,15 @@ def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "validation loss at iteration 4 on validation set" in result.stdout
     assert (tmp_path / "checkpoints/iter_0000004").is_dir()
+    # The paper's tasks need a network; a task of four lines does not.
+    write_tasks(tmp_path / "tasks")
+    assert "--tasks prores_paper" in scores
+    scores = scores.replace("--tasks prores_paper", "--tasks colors --include-path tasks")
+    script = f"export PYTHON=$(bash scripts/setup.sh)\n{scores}"
+    result = run(["bash", "-e", "-c", script], tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "\ndef main(" in result.stdout
+    assert re.search(r"^ +colors +acc +\d+\.\d\d$", result.stdout, flags=re.MULTILINE)
     result = run(["bash", "-e", "-c", published], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     words = result.stdout.replace("\\\n", " ").split()

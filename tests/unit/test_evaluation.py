@@ -82,9 +82,9 @@ def make_model(directory: Path, knows: bool) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    root = tmp_path_factory.mktemp("tasks")
+def write_tasks(root: Path) -> None:
+    """Writes two tasks, and the data that they read."""
+    root.mkdir(exist_ok=True)
     lines = [
         json.dumps({"thing": thing, "color": color, "answer": CHOICES.index(color)})
         for thing, color in COLORS.items()
@@ -93,6 +93,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     for name, content in (("colors", MULTIPLE_CHOICE), ("last_word", PERPLEXITY)):
         filled = content.format(data=root / "data.json", choices=json.dumps(CHOICES))
         (root / f"{name}.yaml").write_text(filled)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
+    root = tmp_path_factory.mktemp("tasks")
+    write_tasks(root)
     return Tasks("colors,last_word", root)
 
 
