@@ -49,10 +49,14 @@ def test_every_other_command_runs_in_order(tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks")
     assert "--tasks prores_paper" in scores
     scores = scores.replace("--tasks prores_paper", "--tasks colors --include-path tasks")
-    script = f"export PYTHON=$(bash scripts/setup.sh)\n{scores}"
+    page = (REPOSITORY / "docs" / "export.md").read_text()
+    same, back = re.findall(r"^```bash\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert same == BLOCKS[3]
+    script = f"export PYTHON=$(bash scripts/setup.sh)\n{scores}\n{back}"
     result = run(["bash", "-e", "-c", script], tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "\ndef main(" in result.stdout
+    assert (tmp_path / "imported" / "release" / "metadata.json").is_file()
     assert re.search(r"^ +colors +acc +\d+\.\d\d$", result.stdout, flags=re.MULTILINE)
     result = run(["bash", "-e", "-c", published], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
