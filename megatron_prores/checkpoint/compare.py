@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,10 +42,6 @@ class Difference:
     def found(self) -> bool:
         """Whether anything differs but the arguments, of which some always do."""
         return bool(self.only_a or self.only_b or self.kinds or self.values)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain data for ``json``."""
-        return asdict(self)
 
 
 def compare(a: StoredCheckpoint, b: StoredCheckpoint) -> Difference:

@@ -137,7 +137,7 @@ def _is_finished(directory: Path) -> bool:
 
 
 def _verdict(flag: str, root: Path, directory: Path | None, damage: list[str]) -> str:
-    """Words the refusal; looks for the newest intact checkpoint, which may take a while."""
+    """Write the refusal. Looks for the newest intact checkpoint, which may take a while."""
     what = damage[0] + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
     if directory is not None:
         what = f"the checkpoint {directory.name} is damaged: {what}"
@@ -155,7 +155,7 @@ def _stop_alone(flag: str, root: Path, directory: Path | None, damage: list[str]
     """Stop every rank before they can talk to each other; the first one says why."""
     if _rank() == 0:
         raise UserError(_verdict(flag, root, directory, damage))
-    # A launcher ends all ranks with the first one that ends, which must have found its words.
+    # A launcher ends all ranks with the first that ends: that one must have finished its search.
     found = iterations(root).values() if root.is_dir() else ()
     size = sum(file.stat().st_size for place in found for file in place.iterdir() if file.is_file())
     time.sleep(2 + size / _SLOWEST_READ)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,6 @@ class Summary:
     warmup: Warmup = field(default_factory=Warmup)
     damage: list[str] = field(default_factory=list)
     """What is wrong at first sight; ``verify`` looks closer."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain data for ``json``."""
-        return asdict(self)
 
 
 def summarize(directory: Path) -> Summary:

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; gives its exit code.
+    """Run the program and return its exit code.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -115,7 +115,7 @@ def _list(directory: Path, as_json: bool) -> int:
         _print({
             "newest": newest,
             "tracker_problem": problem,
-            "checkpoints": [summary.as_json() for summary in summaries],
+            "checkpoints": [asdict(summary) for summary in summaries],
         })  # fmt: skip
         return 0
     for summary in summaries:
@@ -198,7 +198,7 @@ def _diff(a: Path, b: Path, as_json: bool) -> int:
     except DamagedError as error:
         raise UserError(f"{a} or {b}: damaged: {error}; see the subcommand verify") from error
     if as_json:
-        _print(difference.as_json())
+        _print(asdict(difference))
     else:
         print(_difference(difference))
     return 1 if difference.found else 0

@@ -101,18 +101,12 @@ def _self(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
     return tensor_or_module
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
 def _constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+_nothing = _constant(None)
+_zero = _constant(0)
 _CURRENT_DEVICE = _constant(CPU)
 
 
@@ -130,7 +124,7 @@ def _get_rng_state(device: Any = None) -> torch.Tensor:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """torch.compile that leaves a function as it is, with or without options.
+    """Stand in for torch.compile, and leave a function as it is.
 
     Megatron's fuser compiles its elementwise functions; for the CPU that costs a minute at the
     start and gains little at the sizes of a laptop.

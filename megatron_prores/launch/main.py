@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _other_nodes(argv: Sequence[str], silent: float, ranks: Ranks) -> Nodes | None:
-    """Get in touch with the other nodes, where there are any and their number is fixed."""
+    """Start the heartbeats with the other nodes, where there are any and their number is fixed."""
     args = run.parse_args(argv)
     if args.standalone or args.rdzv_backend != "static" or args.nnodes in ("1", "1:1"):
         return None

@@ -1,10 +1,10 @@
-"""What the launchers of a job's nodes know of each other, so that a lost node ends the job.
+"""Heartbeats between the launchers of a job's nodes, so that a lost node ends the job.
 
 torchrun's launchers meet once, at the start. Later on a node whose ranks have died, or whose cable
 is out, is only noticed by the ranks of the others, each of them waiting in a collective until
 Megatron's ``--distributed-timeout-minutes`` are over, and none can say what it waited for. Here
-every launcher tells the others through torchrun's own store, on node 0, that it is there, and in
-the end with what exit code. Nothing of it runs in the ranks.
+every launcher sends the others heartbeats through torchrun's own store, on node 0, and in the end
+its exit code. Nothing of it runs in the ranks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from torch.distributed import DistError, PrefixStore, TCPStore
 
 from megatron_prores.errors import EXIT_INTERRUPTED
 
-_BEAT = 2.0
-"""Seconds between two signs of life."""
+_HEARTBEAT_SECONDS = 2.0
 
-_DOUBTFUL = 5 * _BEAT
+_SUSPECT_SECONDS = 5 * _HEARTBEAT_SECONDS
 """Seconds of silence after which a node is mentioned when this node's ranks have failed."""
 
-_GRACE = 10.0
+_GRACE_SECONDS = 10.0
 """Seconds that this node's ranks have to end by themselves when another node's have failed: they
 often know a better reason."""
 
-_FAREWELL = 2.5 * _BEAT
+_FAREWELL_SECONDS = 2.5 * _HEARTBEAT_SECONDS
 """Seconds that a failed node takes to tell the others how it ended."""
 
 
@@ -66,17 +65,17 @@ class _Other:
     host: str = ""
     beat: str = ""
     heard: float = 0.0
-    """When its last new sign of life came, by this node's clock."""
+    """When its last new heartbeat came, by this node's clock."""
     code: int | None = None
     """Its exit code, once it has ended."""
 
     @property
     def failed(self) -> bool:
-        """Whether it ended in a way that leaves this node without it."""
+        """Whether it has ended with an error."""
         return self.code is not None and not _ended_well(self.code)
 
     def silence(self) -> float:
-        """Seconds since it was heard; of a node that has ended, or has not come, 0."""
+        """Return the seconds since it was heard; 0 for a node that has ended, or has not come."""
         return time.monotonic() - self.heard if self.host and self.code is None else 0.0
 
 
@@ -106,7 +105,7 @@ class Nodes:
         """Nothing is left to tell either."""
 
     def start(self) -> None:
-        """Begin to listen and to tell, beside the launcher."""
+        """Start the threads that exchange heartbeats and watch them, beside the launcher."""
         for function in (self._exchange, self._watch):
             threading.Thread(target=function, daemon=True, name=function.__name__).start()
 
@@ -122,14 +121,14 @@ class Nodes:
         # In a thread: the store may be behind a dead cable.
         farewell = threading.Thread(target=self._say_ended, args=(code,), daemon=True)
         farewell.start()
-        farewell.join(_FAREWELL)
+        farewell.join(_FAREWELL_SECONDS)
         if self.job.node == 0 and self.met:
-            patience = self.job.silent_seconds if _ended_well(code) else _FAREWELL
+            patience = self.job.silent_seconds if _ended_well(code) else _FAREWELL_SECONDS
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline and any(
                 other.code is None and other.silence() < patience for other in self.others.values()
             ):
-                time.sleep(_BEAT / 10)
+                time.sleep(_HEARTBEAT_SECONDS / 10)
         self._closed.set()
 
     def _say_ended(self, code: int) -> None:
@@ -138,14 +137,14 @@ class Nodes:
             self._store.set(f"ended/{self.job.node}", str(code))
 
     def _exchange(self) -> None:
-        """Sign of life, there and back, until the end. May hang where the network does."""
+        """Exchange heartbeats until the end. May hang where the network does."""
         me, beats = json.dumps([socket.gethostname(), secrets.token_hex(8)]), 0
         timeout = self.job.wait_seconds
         while not self._closed.is_set():
             try:
                 self._store = self._connect(timeout)
                 self._register(me)
-                while not self._closed.wait(_BEAT if beats else 0):
+                while not self._closed.wait(_HEARTBEAT_SECONDS if beats else 0):
                     beats += 1
                     self._store.set(f"beat/{self.job.node}", str(beats))
                     self._listen()
@@ -154,7 +153,7 @@ class Nodes:
                 self._gone = self._gone or time.monotonic()
                 if not self.met:
                     return  # torchrun's own meeting fails for the same reason
-                timeout = _GRACE
+                timeout = _GRACE_SECONDS
 
     def _connect(self, timeout: float) -> PrefixStore:
         """Return torchrun's store; on node 0 it lives as long as torchrun or this needs it."""
@@ -179,7 +178,7 @@ class Nodes:
             )
 
     def _listen(self) -> None:
-        """Node 0 asks after each node; the others read what it has found, in one question."""
+        """Read the heartbeats: node 0 those of each node, the others what node 0 has found."""
         assert self._store is not None
         if self.job.node == 0:
             for node, other in self.others.items():
@@ -214,11 +213,11 @@ class Nodes:
 
     def _watch(self) -> None:
         """End this node when it waits for another in vain."""
-        while not self._ended.wait(_BEAT / 2):
+        while not self._ended.wait(_HEARTBEAT_SECONDS / 2):
             if self._failed is None and any(other.failed for other in self.others.values()):
                 self._failed = time.monotonic()
-            failed = self._failed is not None and time.monotonic() - self._failed > _GRACE
-            gone = self._gone is not None and time.monotonic() - self._gone > _GRACE
+            failed = self._failed is not None and time.monotonic() - self._failed > _GRACE_SECONDS
+            gone = self._gone is not None and time.monotonic() - self._gone > _GRACE_SECONDS
             if gone and self.job.node != 0 and self.others[0].code is not None:
                 gone = False  # it went in order
             if failed or (self.met and (gone or self.lost(self.job.silent_seconds))):
@@ -243,14 +242,14 @@ class Nodes:
         reasons += [
             f"node {node} ({self.others[node].host}) has not been heard of for {silence:.0f} s "
             "(machine or network)"
-            for node, silence in self.lost(min(_DOUBTFUL, self.job.silent_seconds)).items()
+            for node, silence in self.lost(min(_SUSPECT_SECONDS, self.job.silent_seconds)).items()
         ]
         if not reasons and self._gone is not None and self.met:
             reasons.append(f"the launcher of node 0 ({self.others[0].host}) is gone")
         return f"{self.this}: {consequence}: {'; '.join(reasons)}" if reasons else ""
 
     def explain_failure(self, code: int) -> str:
-        """Say what other nodes have to do with the failure of this one; empty: nothing known."""
+        """Say what other nodes have to do with the failure of this one; empty where none has."""
         if not self.met:
             return ""
         return self._words(f"its ranks failed (exit code {code})")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
 from megatron_prores.training.bad_numbers import report_bad_numbers
 from megatron_prores.training.save_lock import SaveLock
@@ -28,8 +29,6 @@ from megatron_prores.upstream.training_loop import ask_for_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems and launchers send before they end a job."""
-
-_REMOTE = "msc://"
 
 
 class ExitSignals(DistributedSignalHandler):
@@ -46,10 +45,10 @@ class ExitSignals(DistributedSignalHandler):
         """Number of the signal that some rank got, known on all; 0: none."""
 
     def __enter__(self) -> ExitSignals:
-        """Set the handlers of the signals."""
+        """Set the handlers of the signals, which stay until the process ends."""
         self._received = 0
-        self.released = False
-        self._before = {each: signal.signal(each, self._note) for each in self.signals}
+        for each in self.signals:
+            signal.signal(each, self._note)
         return self
 
     def _note(self, signum: int, frame: object) -> None:
@@ -62,15 +61,6 @@ class ExitSignals(DistributedSignalHandler):
         self.agreed = int(number.item())
         return [self.agreed > 0]
 
-    def release(self) -> bool:
-        """Put the earlier handlers back; return False where that has been done."""
-        if self.released:
-            return False
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self.released = True
-        return True
-
 
 class Lifecycle:
     """What a run holds from its start to its end: its lock on ``--save``, its signal handlers."""
@@ -79,7 +69,7 @@ class Lifecycle:
         """Take Megatron's validated arguments, with ``--save`` given."""
         self.args = args
         self.signals = ExitSignals(args.exit_signal)
-        local = not args.save.startswith(_REMOTE)
+        local = not args.save.startswith(REMOTE)
         self.lock = SaveLock(args.save) if local and int(os.environ.get("RANK", "0")) == 0 else None
         self.saved_iteration: int | None = None
         """The newest checkpoint in ``--save`` that holds exactly what a run at it would save."""

@@ -1,4 +1,4 @@
-"""The lock on ``--save``: one run writes a directory of checkpoints at a time.
+"""The lock on ``--save``: one run at a time writes a directory of checkpoints.
 
 The lock is a file in that directory that names its holder. Whether a holder still lives is asked of
 the operating system where that can be (same host, same process namespace); elsewhere the holder
@@ -105,13 +105,13 @@ class SaveLock:
     """The lock on one directory, of the process that makes it."""
 
     def __init__(self, directory: str | Path, me: Holder | None = None) -> None:
-        """Take the directory of ``--save``, which need not exist, and for tests who asks."""
+        """Take the directory of ``--save``, which need not exist; for tests also the holder."""
         self.path = Path(directory) / LOCK_NAME
         self.me = me or Holder.this_process()
         self._stop = threading.Event()
 
     def acquire(self) -> str | None:
-        """Take the lock, also over from a holder that has ended, and keep it alive.
+        """Take the lock, also from a holder that has ended, and send heartbeats.
 
         Returns:
             What to tell the user about a lock that was taken over; None where there was none.
@@ -232,7 +232,7 @@ class SaveLock:
                     os.utime(self.path)
 
     def release(self) -> None:
-        """Return the lock back, where it is this process's; a forked child's exit leaves it."""
+        """Release the lock, where it is this process's; a forked child's exit leaves it."""
         self._stop.set()
         if os.getpid() != self.me.pid:
             return

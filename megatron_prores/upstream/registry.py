@@ -268,9 +268,8 @@ def _parameters_not_taken(before: Any, value: Any) -> list[str]:
     if any(each.kind in any_number for each in taken.values()):
         return []
     given = inspect.signature(before).parameters
-    return [
-        name for name, each in given.items() if name not in taken and each.kind not in any_number
-    ]
+    known = {"self", *taken}  # nobody names self when calling
+    return [name for name, each in given.items() if not (name in known or each.kind in any_number)]
 
 
 def _entry(owner: Owner, purpose: Callable[..., Any], needs: tuple[str, ...] = ()) -> Entry:

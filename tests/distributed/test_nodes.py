@@ -41,7 +41,7 @@ class Launcher:
 def launch_node(argv: list[str], directory: str) -> None:
     """As ``python -m megatron_prores.launch``, in a process that has imported torch already."""
     os.chdir(directory)
-    nodes._GRACE = 4.0
+    nodes._GRACE_SECONDS = 4.0
     run_program(lambda: launch.main(argv))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing import validation
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_prores.checkpoint import guard, manifest, safe_load
+from megatron_prores.checkpoint.saving import save, write_and_hash
 from megatron_prores.command_line import saved_run as checkpoint
 from megatron_prores.errors import UserError
 from tests.unit import stored
@@ -127,6 +130,34 @@ def test_manifest_is_also_megatrons(root: Path) -> None:
     assert read is not None
     assert read[SHARD].size is None
     assert not manifest.wrong_sizes(root / "iter_0000002", read)
+
+
+def test_writer_that_is_not_forked_hashes_what_it_has_written(root: Path) -> None:
+    directory = root / "iter_0000004"
+    arguments = (print, directory, 0, "written")
+    writer = multiprocessing.get_context("spawn").Process(target=write_and_hash, args=arguments)
+    writer.start()
+    writer.join(120)
+    assert writer.exitcode == 0
+    part = manifest.read(directory, ".0.integrity.json.tmp")
+    assert part == manifest.digests(directory, manifest.file_names(directory))
+    assert {SHARD, ".metadata", "metadata.json"} == part.keys()
+
+
+def test_writer_that_cannot_hash_does_not_fail(tmp_path: Path) -> None:
+    write_and_hash(print, tmp_path / "missing", 0, "written")
+
+
+def test_part_of_an_interrupted_saving_is_not_taken(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = root / "iter_0000004"
+    write_and_hash(print, directory, 0, "written")
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    request = AsyncRequest(None, (), [])
+    assert save(lambda **_: request, {"checkpoint_dir": directory}) is request
+    assert manifest.read(directory, ".0.integrity.json.tmp") is None
+    assert len(request.finalize_fns) == 1
 
 
 def test_shares_are_disjoint_and_complete() -> None:

@@ -190,6 +190,16 @@ def test_a_function_that_is_inherited_is_inherited_again() -> None:
     assert "static" not in vars(heir)
 
 
+def test_a_method_may_be_replaced_by_a_function_with_another_name_for_self() -> None:
+    class Owner:
+        def method(self, x: int) -> int:
+            return x
+
+    with undone_afterwards():
+        replace(Owner, plus_ten, method=lambda owner, x: 10 + x)
+        assert Owner().method(x=1) == 11
+
+
 def test_what_is_no_more_or_takes_more_is_not_replaced() -> None:
     module = module_with_functions()
     with pytest.raises(RuntimeError, match=r"has moved: made_up\.triple is gone"):
