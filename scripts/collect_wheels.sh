@@ -75,7 +75,8 @@ fi
 
 wanted=()
 if [[ $te != none ]]; then
-  wanted=("transformer_engine[pytorch,core_cu13]==$te")
+  # Spelt as in its metadata: an older pip finds no core_cu13.
+  wanted=("transformer_engine[pytorch,core-cu13]==$te")
   if ((${#built[@]} == 0)); then
     say "building transformer_engine_torch $te, about ten minutes on two cores"
     # As NVIDIA's own build, with the headers of the CUDA packages that torch has brought.

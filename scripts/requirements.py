@@ -147,7 +147,7 @@ def install(wheels: Path | None, target: Path | None) -> None:
         # What neither this Python nor the folder has is for the doctor to tell.
         wanted = [text for text in lacking if _name(text) in names]
         wanted += [name for name in names if not (_BUILDS.fullmatch(name) and name in have)]
-    chosen = _resolve(wanted, source, have) if wanted else {}
+    chosen = _resolve(wanted, source, have, pinned=not wheels) if wanted else {}
     if not chosen:
         return say(f"nothing to install: {sys.executable} has everything")
     exact = [f"{name}=={version}" for name, version in sorted(chosen.items())]
@@ -174,8 +174,10 @@ def _name(requirement: str) -> str:
     return canonical(re.split(r"[^\w.-]", requirement)[0])
 
 
-def _resolve(wanted: list[str], source: list[str], have: dict[str, str]) -> dict[str, str]:
-    """Return the versions that pip would install, without installing them."""
+def _resolve(
+    wanted: list[str], source: list[str], have: dict[str, str], pinned: bool = True
+) -> dict[str, str]:
+    """Return the versions that pip would install, those of constraints.txt first if ``pinned``."""
     builds = [f"{name}=={have[name]}" for name in sorted(have) if _BUILDS.fullmatch(name)]
     lines = [line for line in CONSTRAINTS.read_text().splitlines() if "==" in line]
     absent = [line for line in lines if _name(line) not in have]
@@ -184,8 +186,9 @@ def _resolve(wanted: list[str], source: list[str], have: dict[str, str]) -> dict
         constraints, report = Path(scratch, "constraints.txt"), Path(scratch, "report.json")
         options = [*source, "--dry-run", "--report", str(report), "-c", str(constraints), *wanted]
         constraints.write_text("\n".join([*builds, *absent]))
-        if _pip(*options):
-            say("the versions of constraints.txt do not get along with these: taking others")
+        if not pinned or _pip(*options):
+            if pinned:
+                say("the versions of constraints.txt do not get along with these: taking others")
             constraints.write_text("\n".join(builds))
             if words := _pip(*options):
                 fail(1, f"pip failed, and nothing was installed\n{words}")

@@ -195,6 +195,7 @@ def test_what_was_collected_is_installed_on_the_other_side(wheels: Path, tmp_pat
     assert "Ready for cpu, te." in result.stdout
     have = versions(python)
     assert (have["torch"], have["transformer_engine_torch"]) == ("2.11.0", "2.20.2")
+    assert have["transformer_engine_cu13"] == "2.20.2"
     other = make_venv(tmp_path / "elsewhere", make_torch(tmp_path / "newer", "2.12.0"))
     result = script("install_wheels", wheels, PYTHON=str(other))
     assert "collected for torch 2.11.0, and this is 2.12.0" in result.stderr
