@@ -162,7 +162,10 @@ def _run_program(program: str, argv: list[str]) -> None:
     if program.startswith("-m "):
         runpy.run_module(program.removeprefix("-m "), run_name="__main__", alter_sys=True)
     else:
-        runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+        # As for a script that is started: its own folder comes first.
+        path = REPOSITORY / program
+        sys.path.insert(0, str(path.parent))
+        runpy.run_path(str(path), run_name="__main__")
 
 
 class OneProcess:
