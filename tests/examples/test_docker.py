@@ -84,7 +84,7 @@ def test_the_dockerfiles_commands_leave_the_torch_that_is_there_alone(tmp_path: 
         return result.stdout
 
     packages, project, _ = instructions("RUN")  # the last makes a user
-    output = execute(["bash", "-c", packages])
+    output = execute(["bash", "-c", f"({packages}) 2>&1"])
     assert "replaced: tensorboard==2.0 by tensorboard==2" in output
     assert output.count("replaced:") == 1
     assert "Ready for cpu." in execute(["bash", "-c", project])
