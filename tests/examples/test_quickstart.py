@@ -144,6 +144,7 @@ def test_started_over_and_interrupted_it_saves_and_the_same_command_goes_on(
         wait_for("iteration       20/")
     log = (tmp_path / "first").read_text()
     assert "starting over" in log
+    assert "loaded checkpoint" not in log
     assert "there already" in log
     (saved,) = re.findall(r"the same command goes on at iteration (\d+) of 600", log)
     assert 20 <= int(saved) < 600
