@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix.lower() != ".png" or args.output.is_dir():
         raise UserError(f"--output {args.output} must name a .png file")
     figure = draw_run(read_scalars(args.tensorboard_dir), args.title)
-    _save(figure, args.output)
+    save_figure(figure, args.output)
     print(args.output)
 
 
@@ -195,13 +195,20 @@ def _smooth(series: Series, span: int) -> Series:
     return Series(np.convolve(steps, window, "valid"), np.convolve(values, window, "valid"))
 
 
-def _save(figure: Figure, output: Path, flag: str = "--output") -> None:
-    staged = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+def save_figure(figure: Figure, output: Path, flag: str = "--output") -> None:
+    """Write a figure as a PNG file: all of it, or what was there before.
+
+    Args:
+        figure: Of matplotlib.
+        output: The file; its directory is made.
+        flag: That named it, for the message.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(staged, format="png", dpi=160)
-        os.replace(staged, output)
+        with atomic_write(output, "wb") as file:
+            figure.savefig(file, format="png", dpi=160)
     except OSError as error:
         raise UserError(f"{flag} {output}: cannot write: {error.strerror}") from error
-    finally:
-        staged.unlink(missing_ok=True)

@@ -100,7 +100,7 @@ say "downloading ${#names[@]} packages"
 # For Python 3.12 on any Linux of the last years.
 platforms=(--platform=manylinux{_2_28,_2_27,_2_26,_2_24,_2_17,2014,_2_12,2010,_2_5,1}_x86_64)
 pip download --no-deps --only-binary :all: --implementation cp --python-version 3.12 \
-  "${platforms[@]}" --find-links "$folder" --dest "$folder" "${names[@]}"
+  "${platforms[@]}" --dest "$folder" "${names[@]}"
 
 printf '%s\n' "$torch" >"$folder/TORCH"
 (cd "$folder" && sha256sum -- *.whl >SHA256SUMS)

@@ -76,6 +76,21 @@ def tracked(root: Path) -> int | str | None:
     return RELEASE if text == RELEASE else int(text)
 
 
+def newest_name(root: Path) -> str | None:
+    """Return the name of the directory that the tracker file points to.
+
+    Raises:
+        DamagedError: As :func:`tracked`.
+    """
+    newest = tracked(root)
+    return None if newest is None else iteration_name(newest)
+
+
+def is_iteration(directory: Path) -> bool:
+    """Whether a directory is that of one iteration, by its name."""
+    return directory.name == RELEASE or directory.name.removeprefix("iter_").isdigit()
+
+
 def is_distributed(directory: Path) -> bool:
     """Whether a checkpoint is of a distributed format, not of Megatron's old one."""
     return not any(directory.glob("mp_rank_*"))

@@ -15,9 +15,10 @@ from megatron_prores.checkpoint.reader import (
     RELEASE,
     StoredCheckpoint,
     is_distributed,
+    is_iteration,
     iteration_name,
     iterations,
-    tracked,
+    newest_name,
 )
 from megatron_prores.checkpoint.summary import as_text, human_size, summarize
 from megatron_prores.checkpoint.verify import Report, verify
@@ -71,14 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     return _diff(args.a, args.b, args.json)
 
 
-def _is_one(directory: Path) -> bool:
-    """Whether a directory is that of one iteration, by its name."""
-    return directory.name == RELEASE or directory.name.removeprefix("iter_").isdigit()
-
-
 def _all(directory: Path) -> list[Path]:
     directory = directory.absolute()
-    if directory.is_dir() and _is_one(directory):
+    if directory.is_dir() and is_iteration(directory):
         return [directory]
     found = list(iterations(directory).values())
     if (directory / RELEASE).is_dir():
@@ -88,21 +84,15 @@ def _all(directory: Path) -> list[Path]:
     return found
 
 
-def _newest(root: Path) -> str | None:
-    """Return the name of the directory that the tracker file points to."""
-    newest = tracked(root)
-    return None if newest is None else iteration_name(newest)
-
-
 def _tracker(directory: Path, found: list[Path]) -> tuple[str | None, str]:
     """Return the newest checkpoint by the tracker file, and what is wrong with that file."""
     try:
-        newest = _newest(found[0].parent)
+        newest = newest_name(found[0].parent)
     except DamagedError as error:
         return None, str(error)
     if newest is None:
         return None, "there is no tracker file"
-    if newest not in [path.name for path in found] and not _is_one(directory.absolute()):
+    if newest not in [path.name for path in found] and not is_iteration(directory.absolute()):
         return newest, f"the tracker file names {newest}, which is missing"
     return newest, ""
 
@@ -177,8 +167,8 @@ def _one(path: Path) -> StoredCheckpoint:
     """Return the checkpoint that a path means: of one iteration, or the newest in a directory."""
     directory = path.absolute()
     try:
-        if not _is_one(directory):
-            newest = _newest(directory)
+        if not is_iteration(directory):
+            newest = newest_name(directory)
             if newest is None:
                 raise UserError(f"{path}: there is no checkpoint, or no tracker file, in it")
             directory /= newest

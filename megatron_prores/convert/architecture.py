@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_prores.command_line.rules import Rule, is_true
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 
 OWN_CLASS = "ProResForCausalLM"
 """The class of modeling_prores.py, which is put beside the weights."""
-
-_EXPERTS = "num_experts"
 
 
 @dataclass(frozen=True)
@@ -31,34 +29,31 @@ class Architecture:
         return self.name == OWN_CLASS
 
 
-_Refusal = tuple[str, Callable[[Namespace], Any], str]
-
-
-def _given(destination: str) -> Callable[[Namespace], Any]:
-    return lambda args: getattr(args, destination, None)
-
-
-_MOE: tuple[_Refusal, ...] = (
+_MOE: tuple[Rule, ...] = (
     (
         "--moe-router-score-function",
         lambda a: getattr(a, "moe_router_score_function", "softmax") != "softmax",
         "Mixtral's router is a softmax",
     ),
-    ("--moe-router-pre-softmax", _given("moe_router_pre_softmax"), "Mixtral's weights add up to 1"),
-    ("--moe-router-enable-expert-bias", _given("moe_router_enable_expert_bias"), ""),
-    ("--moe-router-topk-scaling-factor", _given("moe_router_topk_scaling_factor"), ""),
-    ("--moe-router-num-groups", _given("moe_router_num_groups"), ""),
-    ("--moe-shared-expert-intermediate-size", _given("moe_shared_expert_intermediate_size"), ""),
-    ("--moe-expert-capacity-factor", _given("moe_expert_capacity_factor"), "tokens are dropped"),
-    ("--moe-mlp-glu-interleave-size", _given("moe_mlp_glu_interleave_size"), ""),
-    ("--moe-latent-size", _given("moe_latent_size"), ""),
+    (
+        "--moe-router-pre-softmax",
+        is_true("moe_router_pre_softmax"),
+        "Mixtral's weights add up to 1",
+    ),
+    ("--moe-router-enable-expert-bias", is_true("moe_router_enable_expert_bias"), ""),
+    ("--moe-router-topk-scaling-factor", is_true("moe_router_topk_scaling_factor"), ""),
+    ("--moe-router-num-groups", is_true("moe_router_num_groups"), ""),
+    ("--moe-shared-expert-intermediate-size", is_true("moe_shared_expert_intermediate_size"), ""),
+    ("--moe-expert-capacity-factor", is_true("moe_expert_capacity_factor"), "tokens are dropped"),
+    ("--moe-mlp-glu-interleave-size", is_true("moe_mlp_glu_interleave_size"), ""),
+    ("--moe-latent-size", is_true("moe_latent_size"), ""),
     (
         "--moe-layer-freq",
         lambda a: getattr(a, "moe_layer_freq", 1) not in (1, None),
         "every layer of Mixtral has experts",
     ),
     ("biases", lambda a: a.add_bias_linear, "Mixtral has none; see --disable-bias-linear"),
-    ("--qk-layernorm", _given("qk_layernorm"), "Mixtral has none"),
+    ("--qk-layernorm", is_true("qk_layernorm"), "Mixtral has none"),
     (
         "--norm-placement",
         lambda a: getattr(a, "norm_placement", "pre") not in ("pre", "lns"),
@@ -67,7 +62,7 @@ _MOE: tuple[_Refusal, ...] = (
     ("--normalization", lambda a: a.normalization != "RMSNorm", "Mixtral has RMSNorm"),
 )
 
-_NO_CLASS: tuple[_Refusal, ...] = (
+_NO_CLASS: tuple[Rule, ...] = (
     ("no --swiglu", lambda a: not a.swiglu, "Llama's MLP has a gate"),
     (
         "--position-embedding-type",
@@ -75,25 +70,25 @@ _NO_CLASS: tuple[_Refusal, ...] = (
         "only rotary positions (rope) have a class",
     ),
     ("--rotary-percent", lambda a: getattr(a, "rotary_percent", 1.0) != 1.0, "only 1.0 has one"),
-    ("--rotary-interleaved", _given("rotary_interleaved"), ""),
-    ("--multi-latent-attention", _given("multi_latent_attention"), ""),
-    ("--experimental-attention-variant", _given("experimental_attention_variant"), ""),
-    ("--attention-output-gate", _given("attention_output_gate"), ""),
-    ("--window-size", _given("window_size"), ""),
+    ("--rotary-interleaved", is_true("rotary_interleaved"), ""),
+    ("--multi-latent-attention", is_true("multi_latent_attention"), ""),
+    ("--experimental-attention-variant", is_true("experimental_attention_variant"), ""),
+    ("--attention-output-gate", is_true("attention_output_gate"), ""),
+    ("--window-size", is_true("window_size"), ""),
     (
         "--softmax-type",
         lambda a: getattr(a, "softmax_type", "vanilla") != "vanilla",
         "only the plain softmax has one",
     ),
-    ("--use-mup", _given("use_mup"), "its multipliers have no place in a class"),
-    ("--no-rope-freq", _given("no_rope_freq"), ""),
-    ("--qk-l2-norm", _given("qk_l2_norm"), ""),
-    ("--quick-geglu", _given("quick_geglu"), ""),
-    ("--activation-func-clamp-value", _given("activation_func_clamp_value"), ""),
-    ("--glu-linear-offset", _given("glu_linear_offset"), ""),
+    ("--use-mup", is_true("use_mup"), "its multipliers have no place in a class"),
+    ("--no-rope-freq", is_true("no_rope_freq"), ""),
+    ("--qk-l2-norm", is_true("qk_l2_norm"), ""),
+    ("--quick-geglu", is_true("quick_geglu"), ""),
+    ("--activation-func-clamp-value", is_true("activation_func_clamp_value"), ""),
+    ("--glu-linear-offset", is_true("glu_linear_offset"), ""),
     (
         "--heterogeneous-layers-config-path",
-        _given("heterogeneous_layers_config_encoded_json"),
+        is_true("heterogeneous_layers_config_encoded_json"),
         "its layers differ",
     ),
     (
@@ -124,7 +119,7 @@ def architecture_of(
     Raises:
         UserError: There is no class for such a model.
     """
-    has_experts = bool(getattr(args, _EXPERTS, None))
+    has_experts = bool(getattr(args, "num_experts", None))
     for flag, applies, why in (*_NO_CLASS, *(_MOE if has_experts else ())):
         if applies(args):
             value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)

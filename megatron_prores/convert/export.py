@@ -18,9 +18,9 @@ from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import (
     StoredCheckpoint,
     is_distributed,
-    iteration_name,
+    is_iteration,
     iterations,
-    tracked,
+    newest_name,
 )
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.checkpoint.summary import Warmup, warmup_of
@@ -124,7 +124,7 @@ def _alphas(
 def _find(root: Path, step: int | None) -> Path:
     if not root.is_dir():
         raise UserError(f"--load {root}: no such directory")
-    if root.name.startswith("iter_") or root.name == "release":
+    if is_iteration(root.absolute()):
         return root.absolute()
     found = iterations(root)
     if step is not None:
@@ -132,12 +132,12 @@ def _find(root: Path, step: int | None) -> Path:
             raise UserError(f"--ckpt-step {step}: {root} has no checkpoint of that iteration")
         return found[step].absolute()
     try:
-        newest = tracked(root)
+        newest = newest_name(root)
     except DamagedError as error:
         raise UserError(f"--load {root}: {error}; give --ckpt-step") from error
     if newest is None:
         raise UserError(f"--load {root}: there is no checkpoint, or no tracker file, in it")
-    return (root / iteration_name(newest)).absolute()
+    return (root / newest).absolute()
 
 
 def export(
@@ -207,7 +207,7 @@ def _replace(made: Path, output: Path) -> None:
 def _write_config(directory: Path, architecture: Architecture, source: Source, dtype: str) -> None:
     config: dict[str, Any] = {
         **architecture.config,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
         "prores": {
             "settings": source.warmup.settings,
             "iteration": source.iteration,
@@ -336,6 +336,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the weights' dtype in an export."""
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command ``tools/export_hf.py``.
 
@@ -350,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_source_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="directory of the model; made")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    add_dtype_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     parser.add_argument(
         "--own-class",

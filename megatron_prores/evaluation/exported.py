@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_prores.checkpoint.reader import INDEX
-from megatron_prores.convert.export import Source, export
+from megatron_prores.convert.export import (
+    Source,
+    add_dtype_argument,
+    add_source_arguments,
+    export,
+)
 from megatron_prores.errors import UserError
+from megatron_prores.files import atomic_write
 
 CACHE = "hugging_face"
 """Directory beside the checkpoints that the exports are kept in."""
 
 _STAMP = "exported_from.json"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every tool that runs a checkpoint's export."""
+    add_source_arguments(parser)
+    add_dtype_argument(parser)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU, or else the CPU")
+    parser.add_argument("--cache", type=Path, help="of exports; default: beside the checkpoint")
 
 
 def exported(
@@ -46,7 +61,8 @@ def exported(
     except OSError as error:
         raise UserError(f"{root}: cannot be made: {error.strerror}; give --cache DIR") from error
     export(source, place, dtype, tokenizer, overwrite=True)
-    (place / _STAMP).write_text(json.dumps(stamp))
+    with atomic_write(place / _STAMP) as file:
+        file.write(json.dumps(stamp))
     return place
 
 

@@ -7,17 +7,23 @@ import contextlib
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prores.checkpoint import manifest
 from megatron_prores.checkpoint.reader import iterations
-from megatron_prores.convert.export import DTYPES, Source, add_source_arguments, open_checkpoint
+from megatron_prores.convert.export import Source, open_checkpoint
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.evaluation.exported import default_device, exported, load_model
+from megatron_prores.evaluation.exported import (
+    add_model_arguments,
+    default_device,
+    exported,
+    load_model,
+)
 from megatron_prores.files import atomic_write
+from megatron_prores.plot import save_figure
 
 TASKS = Path(__file__).with_name("tasks")
 """Task files of this project."""
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Score checkpoints with lm-evaluation-harness, zero-shot by default. They are "
         "exported to Hugging Face's format first, into a cache beside them."
     )
-    add_source_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument(
         "--tasks",
         required=True,
@@ -58,9 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-fewshot", type=int, default=0, help="default: 0")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU, or else the CPU")
-    parser.add_argument("--cache", type=Path, help="of exports; default: beside the checkpoint")
     parser.add_argument(
         "--output",
         type=Path,
@@ -122,7 +125,7 @@ def _sources(args: argparse.Namespace) -> Iterator[Source]:
         there = iterations(args.load) if args.load.is_dir() else {}
         for iteration, directory in there.items():
             # The manifest is the last of a checkpoint that is written.
-            ready = (directory / "integrity.json").is_file()
+            ready = (directory / manifest.NAME).is_file()
             if iteration in done or not ready:
                 continue
             done.add(iteration)
@@ -324,9 +327,7 @@ def draw(results: Results, names: Sequence[str], path: Path) -> None:
     axes.set_xlabel("iteration")
     axes.set_ylabel("accuracy (%), or perplexity")
     axes.legend(frameon=False)
-    beside = path.with_name(f".{path.name}.new")
-    figure.savefig(beside, format="png", dpi=160)
-    os.replace(beside, path)
+    save_figure(figure, path)
 
 
 def _log_to_wandb(

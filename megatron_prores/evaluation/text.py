@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from megatron_prores.convert.export import DTYPES, add_source_arguments, open_checkpoint
+from megatron_prores.convert.export import open_checkpoint
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.evaluation.exported import default_device, exported, load_model
+from megatron_prores.evaluation.exported import (
+    add_model_arguments,
+    default_device,
+    exported,
+    load_model,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -18,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Let a checkpoint go on with a text. It is exported to Hugging Face's format "
         "first, into a cache beside it; transformers generates."
     )
-    add_source_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", help="may be given several times; else lines of standard input"
     )
@@ -28,9 +32,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: 1.0")
     parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU, or else the CPU")
-    parser.add_argument("--cache", type=Path, help="of exports; default: beside the checkpoint")
     return parser
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_prores.plan.report import size_of
 from megatron_prores.plan.result import Plan
-from megatron_prores.plot import _save
+from megatron_prores.plot import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure.colorbar(
         image, ax=axes, label="residual scale α", pad=0.015, ticks=[0, 0.5, 1], aspect=30
     )
-    _save(figure, path, "--picture")
+    save_figure(figure, path, "--picture")
 
 
 def _label_rows(axes: Axes, plan: Plan, chunks: list[dict[str, Any]]) -> None:
