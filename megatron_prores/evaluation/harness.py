@@ -102,17 +102,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = Tasks(args.tasks, args.include_path)
     output = args.output or args.load / "evaluation"
     results = Results(output / "results.json")
-    for source in _sources(args):
-        scores = results.of(source.iteration)
-        left = [name for name in tasks.names if name not in scores]
-        if left:
-            directory = exported(source, args.dtype, args.tokenizer, args.cache)
-            found = evaluate(directory, tasks, left, args, device)
-            results.add(source.iteration, found)
-            _log_to_wandb(args, source.iteration, found)
-        print(table(results.of(source.iteration), source), flush=True)
-        if args.every is not None:
-            draw(results, tasks.names, output / "scores.png")
+    with _wandb_run(args, output) as run:
+        for source in _sources(args):
+            scores = results.of(source.iteration)
+            left = [name for name in tasks.names if name not in scores]
+            if left:
+                directory = exported(source, args.dtype, args.tokenizer, args.cache)
+                found = evaluate(directory, tasks, left, args, device)
+                results.add(source.iteration, found)
+                if run is not None:
+                    run.log(_scalars(found) | {"iteration": source.iteration})
+            print(table(results.of(source.iteration), source), flush=True)
+            if args.every is not None:
+                draw(results, tasks.names, output / "scores.png")
 
 
 def _sources(args: argparse.Namespace) -> Iterator[Source]:
@@ -330,18 +332,31 @@ def draw(results: Results, names: Sequence[str], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _log_to_wandb(
-    args: argparse.Namespace, iteration: int, found: dict[str, dict[str, float]]
-) -> None:
+@contextlib.contextmanager
+def _wandb_run(args: argparse.Namespace, output: Path) -> Iterator[Any]:
+    """Open the W&B run that all scores go to; None where none is wanted."""
     if not args.wandb_project:
+        yield None
         return
     import wandb
 
-    run = wandb.init(project=args.wandb_project, name=args.wandb_exp_name, dir=str(args.load))
-    scalars = {
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        run = wandb.init(project=args.wandb_project, name=args.wandb_exp_name, dir=str(output))
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--wandb-project {args.wandb_project}: {reason}; with WANDB_MODE=offline the scores "
+            "are kept beside the results, for `wandb sync`"
+        ) from error
+    with run:
+        run.define_metric("evaluation/*", step_metric="iteration")
+        yield run
+
+
+def _scalars(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {
         f"evaluation/{task}/{metric.split(',')[0]}": value
         for task, figures in found.items()
         for metric, value in figures.items()
     }
-    run.log({**scalars, "iteration": iteration})
-    run.finish()
