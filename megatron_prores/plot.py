@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="picture to write, .png")
     parser.add_argument("--title", help="line on top of the picture")
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() != ".png" or args.output.is_dir():
-        raise UserError(f"--output {args.output} must name a .png file")
+    check_picture(args.output)
     figure = draw_run(read_scalars(args.tensorboard_dir), args.title)
     save_figure(figure, args.output)
     print(args.output)
@@ -136,6 +135,20 @@ def _smooth(series: Series, span: int) -> Series:
     window = np.full(span, 1 / span)
     means = (np.convolve(each, window, "valid") for each in (finite.steps, finite.values))
     return Series(*means)
+
+
+def size_of(number: float) -> str:
+    """Write a large number in short: 524.3K, 7.002B."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.4g}{name}"
+    return f"{number:g}"
+
+
+def check_picture(output: Path, flag: str = "--output") -> None:
+    """Raise a :class:`UserError` unless a path can be a picture's; ``flag`` named it."""
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"{flag} {output} must name a .png file")
 
 
 def save_figure(figure: Figure, output: Path, flag: str = "--output") -> None:

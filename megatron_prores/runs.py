@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +77,14 @@ class Run:
         return Series(self.hours.steps[1:][keep], rates)
 
     def _over(self, axis: Series, tag: str) -> Series:
-        series = self.scalars.get(tag, _EMPTY)
+        series = self.scalars.get(tag, EMPTY)
         # An evaluation may come before the first step.
         steps = np.interp(series.steps, np.append(0, axis.steps), np.append(0.0, axis.values))
         return Series(steps, series.values)
 
 
-_EMPTY = Series(np.array([], np.int64), np.array([]))
+EMPTY = Series(np.array([], np.int64), np.array([]))
+"""Of a scalar that was not logged."""
 
 
 def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
@@ -126,7 +128,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
     Raises:
         UserError: There is no such directory, or it holds no training step that Megatron logged.
     """
-    starts = [start for start in _read_starts(_tensorboard_dir(path)) if _samples(start)]
+    starts = [start for start in _read_starts(tensorboard_dir(path)) if _samples(start)]
     starts.sort(key=lambda start: _samples(start)[0].written)
     scalars = _scalars(starts)
     if TRAIN_TAG not in scalars:
@@ -144,6 +146,26 @@ def load_run(path: Path, name: str | None = None) -> Run:
         scalars=scalars,
         tokens=Series(samples.steps, samples.values * int(settings["seq_length"])),
         hours=_join(_hours(starts)),
+    )
+
+
+def tensorboard_dir(path: Path) -> Path:
+    """Return the directory of a run's event files; the path is one of :func:`load_run`'s.
+
+    Raises:
+        UserError: There is no such directory, or no event file in it.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory")
+    places = [path, path / "tensorboard"]
+    if (path / "latest_checkpointed_iteration.txt").is_file():
+        places.append(path.absolute().parent / "tensorboard")
+    for place in places:
+        if any(place.glob(_EVENT_FILES)):
+            return place
+    raise UserError(
+        f"{path}: no TensorBoard event files ({_EVENT_FILES}) in it or in {path / 'tensorboard'}; "
+        "give the run's directory or its --tensorboard-dir"
     )
 
 
@@ -186,7 +208,7 @@ def gap(run: Run, reference: Run, tag: str = TRAIN_TAG, weight: float = EMA_WEIG
     """
     ours, theirs = (each.over_tokens(tag).finite() for each in (run, reference))
     if not len(theirs.steps):
-        return _EMPTY
+        return EMPTY
     common = (ours.steps >= theirs.steps[0]) & (ours.steps <= theirs.steps[-1])
     steps = ours.steps[common]
     beside = np.interp(steps, theirs.steps, ema(theirs.values, weight))
@@ -213,8 +235,8 @@ def summary(run: Run) -> dict[str, float]:
           Megatron leaves out where it skips the update; NaN where it logged none at all.
     """
     train = run.scalars[TRAIN_TAG]
-    valid = run.scalars.get(VALID_TAG, _EMPTY)
-    norms = run.scalars.get(GRAD_NORM_TAG, _EMPTY)
+    valid = run.scalars.get(VALID_TAG, EMPTY)
+    norms = run.scalars.get(GRAD_NORM_TAG, EMPTY)
     final = train.values[-max(FEWEST_FINAL_STEPS, math.ceil(len(train.values) / 100)) :]
     bad = [each.steps[~np.isfinite(each.values)] for each in (train, norms)]
     skipped = np.setdiff1d(train.steps, norms.steps)
@@ -323,23 +345,8 @@ def _hours(starts: Sequence[_Start]) -> list[list[_Point]]:
     return clocks
 
 
-def _tensorboard_dir(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
-    places = [path, path / "tensorboard"]
-    if (path / "latest_checkpointed_iteration.txt").is_file():
-        places.append(path.absolute().parent / "tensorboard")
-    for place in places:
-        if any(place.glob(_EVENT_FILES)):
-            return place
-    raise UserError(
-        f"{path}: no TensorBoard event files ({_EVENT_FILES}) in it or in {path / 'tensorboard'}; "
-        "give the run's directory or its --tensorboard-dir"
-    )
-
-
 def _name(path: Path) -> str:
-    path = path.resolve()  # of "." too
+    path = Path(os.path.abspath(path))  # "." has a name too, and a link keeps its own
     return path.parent.name if path.name in ("tensorboard", "checkpoints") else path.name
 
 
