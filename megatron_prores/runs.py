@@ -128,8 +128,10 @@ def load_run(path: Path, name: str | None = None) -> Run:
     Raises:
         UserError: There is no such directory, or it holds no training step that Megatron logged.
     """
-    starts = [start for start in _read_starts(tensorboard_dir(path)) if _samples(start)]
-    starts.sort(key=lambda start: _samples(start)[0].written)
+    read = [(start, _samples(start)) for start in _read_starts(tensorboard_dir(path))]
+    trained = [(start, samples) for start, samples in read if samples is not None]
+    trained.sort(key=lambda each: each[1].written[0])
+    starts, samples = [start for start, _ in trained], [samples for _, samples in trained]
     scalars = _scalars(starts)
     if TRAIN_TAG not in scalars:
         raise UserError(f"{path}: no training step is logged in it (no scalar {TRAIN_TAG!r})")
@@ -139,13 +141,13 @@ def load_run(path: Path, name: str | None = None) -> Run:
             f"{path}: the arguments of its run are not in its logs, where Megatron writes them; "
             "tokens cannot be counted without --seq-length"
         )
-    samples = _join(_samples(start) for start in starts)
+    consumed = _join(samples)
     return Run(
         name=_name(path) if name is None else name,
         settings=settings,
         scalars=scalars,
-        tokens=Series(samples.steps, samples.values * int(settings["seq_length"])),
-        hours=_join(_hours(starts)),
+        tokens=Series(consumed.steps, consumed.values * int(settings["seq_length"])),
+        hours=_join(_hours(samples)),
     )
 
 
@@ -260,19 +262,21 @@ def summary(run: Run) -> dict[str, float]:
     }
 
 
-class _Point(NamedTuple):
-    written: float
+class _Points(NamedTuple):
+    """A scalar as an event file has it, each array of shape [n]."""
+
+    written: npt.NDArray[np.float64]
     """Seconds since the epoch."""
-    step: int
-    value: float
+    steps: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class _Start:
     """What one start of a run has logged: an event file."""
 
-    points: dict[str, list[_Point]]
-    """By tag, as written."""
+    points: dict[str, _Points]
+    """By tag."""
     settings: dict[str, str]
 
 
@@ -290,10 +294,7 @@ def _read_start(file: Path) -> _Start:
     events = EventAccumulator(str(file), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()
-    points = {
-        tag: [_Point(each.wall_time, each.step, each.value) for each in events.Scalars(tag)]
-        for tag in tags["scalars"]
-    }
+    points = {tag: _points(events.Scalars(tag)) for tag in tags["scalars"]}
     settings = {
         tag.removesuffix(_TEXT): events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
         for tag in tags["tensors"]
@@ -302,47 +303,54 @@ def _read_start(file: Path) -> _Start:
     return _Start(points, settings)
 
 
+def _points(events: Sequence[Any]) -> _Points:
+    return _Points(
+        np.array([event.wall_time for event in events]),
+        np.array([event.step for event in events], np.int64),
+        np.array([event.value for event in events]),
+    )
+
+
 def _scalars(starts: Sequence[_Start]) -> dict[str, Series]:
-    tags = {tag: None for start in starts for tag in start.points}
+    tags = dict.fromkeys(tag for start in starts for tag in start.points)
     return {
         tag: _join(start.points[tag] for start in starts if tag in start.points) for tag in tags
     }
 
 
-def _join(starts: Iterable[list[_Point]]) -> Series:
+def _join(starts: Iterable[_Points]) -> Series:
     """Join what the starts of a run have logged of a scalar, each from its own first step on."""
-    values: dict[int, float] = {}
-    for points in sorted(starts, key=lambda points: points[0].written):
-        first = min(point.step for point in points)
-        values = {step: value for step, value in values.items() if step < first}
-        for point in points:
-            # Megatron ends with the test set under the tag and the step of the last validation.
-            values.setdefault(point.step, point.value)
-    steps = sorted(values)
-    return Series(np.array(steps, np.int64), np.array([values[step] for step in steps]))
+    joined = EMPTY
+    for points in sorted(starts, key=lambda points: points.written[0]):
+        # The first of a step: Megatron ends with the test set under the tag and the step of the
+        # last validation.
+        steps, first = np.unique(points.steps, return_index=True)
+        before = joined.steps < steps[0]
+        joined = Series(
+            np.append(joined.steps[before], steps),
+            np.append(joined.values[before], points.values[first]),
+        )
+    return joined
 
 
-def _samples(start: _Start) -> list[_Point]:
+def _samples(start: _Start) -> _Points | None:
     """Return the consumed samples, which Megatron logs as the steps of "... vs samples"."""
-    over_iterations, over_samples = (
-        start.points.get(tag, []) for tag in (_BATCH_TAG, f"{_BATCH_TAG} vs samples")
-    )
+    over_iterations = start.points.get(_BATCH_TAG)
+    over_samples = start.points.get(f"{_BATCH_TAG} vs samples")
+    if over_iterations is None or over_samples is None:
+        return None
     # The last of a file that is being written may have no partner yet.
-    return [
-        _Point(point.written, point.step, float(other.step))
-        for point, other in zip(over_iterations, over_samples, strict=False)
-    ]
+    known = len(over_samples.steps)
+    samples = over_samples.steps.astype(np.float64)
+    return _Points(over_iterations.written[:known], over_iterations.steps[:known], samples)
 
 
-def _hours(starts: Sequence[_Start]) -> list[list[_Point]]:
-    clocks: list[list[_Point]] = []
-    before = 0.0
-    for points in map(_samples, starts):
-        began = points[0].written
-        hours = [before + (point.written - began) / 3600 for point in points]
-        clocks.append([point._replace(value=h) for point, h in zip(points, hours, strict=True)])
-        before = hours[-1]
-    return clocks
+def _hours(clocks: Sequence[_Points]) -> list[_Points]:
+    hours, before = [], 0.0
+    for clock in clocks:
+        hours.append(clock._replace(values=before + (clock.written - clock.written[0]) / 3600))
+        before = hours[-1].values[-1]
+    return hours
 
 
 def _name(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from megatron_prores.compare.main import main
@@ -146,7 +147,7 @@ def test_the_picture_has_the_curves_of_each_run(runs: Path) -> None:
 def test_a_dozen_runs_have_colors_of_their_own(runs: Path) -> None:
     run = load_run(runs / "plain")
     figure = draw_runs([run] * 12)
-    assert len({str(line.get_color()) for line in figure.legends[0].get_lines()}) == 12
+    assert len({to_rgba(line.get_color()) for line in figure.legends[0].get_lines()}) == 12
 
 
 def test_a_directory_may_have_a_sign_in_its_name(

@@ -27,7 +27,7 @@ def a_run(tokens: list[float], losses: list[float], name: str = "a") -> Run:
 
 def test_tokens_hours_and_the_summary_of_a_run(tmp_path: Path) -> None:
     losses = {step: 3.0 - step / 10 for step in range(1, 21)}
-    valid = {10: 2.5, 20: 2.0, 15: 1.75}
+    valid = {0: 9.0, 10: 2.5, 15: 1.75, 20: 2.0}
     write_start(
         tmp_path / "mine/tensorboard", losses, more={VALID_TAG: valid}, settings={"lr": 2e-3}
     )
@@ -37,9 +37,9 @@ def test_tokens_hours_and_the_summary_of_a_run(tmp_path: Path) -> None:
     assert run.tokens.values.tolist() == [40.0 * step for step in range(1, 21)]
     np.testing.assert_allclose(run.hours.values, np.arange(20) / 100, atol=1e-9)
     evaluated = run.over_tokens(VALID_TAG)
-    assert evaluated.steps.tolist() == [400, 600, 800]
-    assert evaluated.values.tolist() == [2.5, 1.75, 2.0]
-    np.testing.assert_allclose(run.over_hours(VALID_TAG).steps, [0.09, 0.14, 0.19], atol=1e-9)
+    assert evaluated.steps.tolist() == [0, 400, 600, 800]
+    assert evaluated.values.tolist() == [9.0, 2.5, 1.75, 2.0]
+    np.testing.assert_allclose(run.over_hours(VALID_TAG).steps, [0, 0.09, 0.14, 0.19], atol=1e-9)
     found = summary(run)
     expected = {
         "iterations": 20, "tokens": 800, "hours": 0.19, "tokens_per_second": 40 / 36,
