@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# What all published runs share; an example sets what is its own and sources this file:
+# How a published run is started; an example says which in NAME and sources this file. The numbers of
+# the runs are in studies/paper/runs.toml.
 #
 #   bash examples/pretrain_130m.sh                       # pre-norm with ProRes, schedule linear
 #   bash examples/pretrain_130m.sh post plain            # post-norm without ProRes
 #   bash examples/pretrain_130m.sh --dry-run deepnorm prores linear_sqrt
 #   bash examples/pretrain_130m.sh pre --seed 7          # flags go on to pretrain_gpt_prores.py
 #
-# Words:      a placement (pre sandwich post deepnorm lns; scaled: pre with the scaled initial
+# Words:      a placement (pre sandwich post deepnorm lns; scaled, ds: pre with these initial
 #             weights), prores or plain, a schedule. Default: pre prores linear.
 # --dry-run   prints the whole command, for node NODE_RANK, and starts nothing.
 #
@@ -27,7 +28,7 @@ is_one_of() { [[ " ${*:2} " == *" $1 "* ]]; }
 
 # ---- The method, in words ------------------------------------------------------------------------
 
-PLACEMENTS=(pre sandwich post deepnorm lns scaled)
+PLACEMENTS=(pre sandwich post deepnorm lns scaled ds)
 SCHEDULES=(linear linear_sqrt linear_square equal reverse stagewise_0 stagewise_L stagewise_sqrt_L
   stagewise_sqrt_l fix_L fix_sqrt_L fix_sqrt_l)
 
@@ -61,13 +62,29 @@ read_method() {
   method=$placement-$prores${schedule:+-$schedule}
 }
 
-# choose_job ARGUMENTS...: for a study of several runs, one per entry of JOBS. Sets chosen: the
-# arguments with the number of a job replaced by its words. --list prints the jobs and ends.
+# ---- The table of runs ---------------------------------------------------------------------------
+
+# table WORDS...: what studies/paper/recipes.py prints. PYTHON may be one of another machine, and that
+# of scripts/setup.sh is not made before the words are known to be right.
+table() {
+  local python
+  for python in "${PYTHON:-python3}" python3; do
+    "$python" -c 'import tomllib' 2>/dev/null || continue
+    PYTHONPATH=$repo "$python" -m studies.paper.recipes "$@" || exit 2
+    return
+  done
+  fail "${PYTHON:-python3}: not a Python 3.11 or newer, which reads studies/paper/runs.toml:" \
+    "set PYTHON, as by PYTHON=\$(bash scripts/setup.sh)"
+}
+
+# choose_job STUDY ARGUMENTS...: for a study of several runs. Sets chosen: the arguments, with --job
+# NUMBER replaced by the words of that job. --list prints the jobs and ends.
 # shellcheck disable=SC2034 # chosen is the example's
 choose_job() {
-  local number dry=()
+  local study=$1 dry=() jobs=()
+  shift
   if [[ ${1:-} == --list ]]; then
-    for number in "${!JOBS[@]}"; do echo "$number ${JOBS[number]}"; done
+    table jobs "$study"
     exit 0
   fi
   if [[ ${1:-} == --dry-run ]]; then
@@ -75,13 +92,46 @@ choose_job() {
     shift
   fi
   (($#)) || fail "which run of the study? ${0##*/} --list shows them"
-  chosen=("$1")
-  # shellcheck disable=SC2206 # the words of a job
-  [[ ! $1 =~ ^[0-9]+$ ]] || (($1 >= ${#JOBS[@]})) || chosen=(${JOBS[$1]})
-  chosen+=("${@:2}" "${dry[@]}")
+  if [[ $1 == --job ]]; then
+    mapfile -t jobs < <(table jobs "$study")
+    ((${#jobs[@]})) || exit 2
+    [[ ${2:-} =~ ^(0|[1-9][0-9]{0,5})$ && $2 -lt ${#jobs[@]} ]] ||
+      fail "--job ${2:-}: give a number from 0 to $((${#jobs[@]} - 1)) (--list shows them)"
+    read -ra chosen <<<"${jobs[$2]#* }"
+    shift 2
+  else
+    chosen=("$1")
+    shift
+  fi
+  chosen+=("$@" "${dry[@]}")
 }
 
-# ---- Settings: what an example has set is its default, what the environment has set counts -------
+# check_numbers VARIABLES...: what is calculated with here, or would end in a traceback of torch's.
+check_numbers() {
+  local variable
+  for variable; do
+    [[ ${!variable} =~ ^[1-9][0-9]{0,9}$ ]] || fail "$variable=${!variable}: give a whole number above 0"
+  done
+}
+
+# Sets the variables of the run NAME that the user has not set.
+read_recipe() {
+  local recipe name value own_warmup=${WARMUP_ITERS:-}${WARMUP_ITERS_PER_LAYER:-}
+  [[ -z ${WARMUP_ITERS:-} || -z ${WARMUP_ITERS_PER_LAYER:-} ]] ||
+    fail "WARMUP_ITERS and WARMUP_ITERS_PER_LAYER each say how long the ProRes warmup is: give one"
+  lr_warmup_percent='' lr_decay_percent='' recipe_flags=''
+  # shellcheck disable=SC2153 # NAME is the example's
+  recipe=$(table settings "$NAME" "$placement" "${schedule:-none}") || exit 2
+  while IFS='=' read -r name value; do
+    [[ -n ${!name:-} || ($name == WARMUP_* && -n $own_warmup) ]] || printf -v "$name" %s "$value"
+  done <<<"$recipe"
+  TP=${TP:-1} PP=${PP:-1} VPP=${VPP:-1} # tensor and pipeline ranks, virtual stages per pipeline rank
+  check_numbers TRAIN_ITERS VOCAB_SIZE TP
+  LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-$((TRAIN_ITERS * lr_warmup_percent / 100))}
+  LR_DECAY_ITERS=${LR_DECAY_ITERS:-$(((TRAIN_ITERS * lr_decay_percent + 99) / 100))} # 1 at least
+}
+
+# ---- Settings that are not the run's -------------------------------------------------------------
 
 # Jobs that share a host must not share a port; all nodes of one job must.
 default_port() {
@@ -103,15 +153,6 @@ read_settings() {
   SILENT_NODE_SECONDS=${SILENT_NODE_SECONDS:-600}
   DEVICE=${DEVICE:-cuda}
   PRECISION=${PRECISION:-$([[ $DEVICE == cpu ]] && echo fp32 || echo bf16)}
-  TP=${TP:-1} PP=${PP:-1} VPP=${VPP:-1} # tensor and pipeline ranks, virtual stages per pipeline rank
-  MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
-
-  # The paper's recipe, the same for every size.
-  SEQ_LENGTH=${SEQ_LENGTH:-1024}
-  GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512}
-  TRAIN_ITERS=${TRAIN_ITERS:-100000}
-  WARMUP_ITERS_PER_LAYER=${WARMUP_ITERS_PER_LAYER:-1000} # T of ProRes; the whole warmup is T x layers
-  VOCAB_SIZE=${VOCAB_SIZE:-32000}                        # of DATA=mock; a tokenizer brings its own
 
   SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
   EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
@@ -129,11 +170,7 @@ read_settings() {
   local job=${SLURM_JOB_ID:+$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}}
   LOG_ID=${LOG_ID:-${job:-$(date +%Y-%m-%d_%H-%M-%S)}}
 
-  local variable # what is calculated with here, or would end in a traceback of torch's
-  for variable in NNODES GPUS_PER_NODE MASTER_PORT NODE_WAIT_SECONDS DISTRIBUTED_TIMEOUT_MINUTES TP \
-    TRAIN_ITERS VOCAB_SIZE; do
-    [[ ${!variable} =~ ^[1-9][0-9]{0,9}$ ]] || fail "$variable=${!variable}: give a whole number above 0"
-  done
+  check_numbers NNODES GPUS_PER_NODE MASTER_PORT NODE_WAIT_SECONDS DISTRIBUTED_TIMEOUT_MINUTES
   ((MASTER_PORT < 65536)) || fail "MASTER_PORT=$MASTER_PORT: a port is less than 65536"
   is_one_of "$PRECISION" bf16 fp8 fp32 || fail "PRECISION=$PRECISION: choose bf16, fp8 or fp32"
   is_one_of "$DATA" files mock || fail "DATA=$DATA: choose files or mock"
@@ -175,26 +212,26 @@ find_nodes() {
 build_command() {
   # 32000 pieces need no padding while this times TP divides them; Megatron's default is 128.
   local divisible=$((TP < 3 ? 128 : TP < 257 ? 256 / TP : 1)) norms warmup model training layout data
-  norms=(--norm-placement "${placement/scaled/pre}")
-  [[ $placement != scaled ]] || norms+=(--branch-init scaled)
+  norms=(--norm-placement "$placement")
+  ! is_one_of "$placement" scaled ds || norms=(--norm-placement pre --branch-init "$placement")
   warmup=(--prores-schedule "${schedule:-none}")
-  [[ $prores == plain ]] || warmup+=(--prores-warmup-iters-per-layer "$WARMUP_ITERS_PER_LAYER")
+  if [[ $prores == prores && -n ${WARMUP_ITERS:-} ]]; then
+    warmup+=(--prores-warmup-iters "$WARMUP_ITERS")
+  elif [[ $prores == prores ]]; then
+    warmup+=(--prores-warmup-iters-per-layer "$WARMUP_ITERS_PER_LAYER")
+  fi
   model=(
     --num-layers "$LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
     --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
-    --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
-    --position-embedding-type rope --rotary-base 10000 --untie-embeddings-and-output-weights
-    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
     --make-vocab-size-divisible-by "$divisible"
   )
   training=(
     --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE"
-    --train-iters "$TRAIN_ITERS" --lr "$LEARNING_RATE" --min-lr 0
-    # Of 100000 iterations: 2000 of warmup, the last 10000 of decay to 0.
-    --lr-decay-style WSD --lr-warmup-iters "$((TRAIN_ITERS / 50))"
-    --lr-wsd-decay-style linear --lr-wsd-decay-iters "$(((TRAIN_ITERS + 9) / 10))"
-    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0
+    --train-iters "$TRAIN_ITERS" --lr "$LEARNING_RATE" --lr-warmup-iters "$LR_WARMUP_ITERS"
+    --lr-wsd-decay-iters "$LR_DECAY_ITERS"
   )
+  # shellcheck disable=SC2206 # the flags of every run, a string of the table
+  training+=($recipe_flags)
   layout=(--device "$DEVICE" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
     --use-distributed-optimizer --distributed-timeout-minutes "$DISTRIBUTED_TIMEOUT_MINUTES")
   [[ $VPP == 1 ]] || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
@@ -299,6 +336,7 @@ launch() {
   read_method "$@"
   read_settings
   find_nodes
+  read_recipe
   if [[ $dry_run == yes ]]; then
     PYTHON=${PYTHON:-python3}
     build_environment

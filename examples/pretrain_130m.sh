@@ -7,16 +7,7 @@
 
 set -euo pipefail
 
-NAME=130m
-
-LAYERS=${LAYERS:-12}
-HIDDEN_SIZE=${HIDDEN_SIZE:-768}
-FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-2048}
-HEADS=${HEADS:-12}
-LEARNING_RATE=${LEARNING_RATE:-2e-3}
-
-# One node of 8 GPUs, data parallel: 14 GB a GPU, nearly all of it activations.
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-32}
+NAME=130m # in studies/paper/runs.toml
 
 # shellcheck source=examples/launcher.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"

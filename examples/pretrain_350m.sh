@@ -7,16 +7,7 @@
 
 set -euo pipefail
 
-NAME=350m
-
-LAYERS=${LAYERS:-24}
-HIDDEN_SIZE=${HIDDEN_SIZE:-1024}
-FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-2736}
-HEADS=${HEADS:-16}
-LEARNING_RATE=${LEARNING_RATE:-1e-3}
-
-# One node of 8 GPUs, data parallel: 18 GB a GPU, nearly all of it activations.
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+NAME=350m # in studies/paper/runs.toml
 
 # shellcheck source=examples/launcher.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"

@@ -7,17 +7,7 @@
 
 set -euo pipefail
 
-NAME=3b
-
-LAYERS=${LAYERS:-32}
-HIDDEN_SIZE=${HIDDEN_SIZE:-2560}
-FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-6848}
-HEADS=${HEADS:-32}
-LEARNING_RATE=${LEARNING_RATE:-6e-4}
-
-# Two nodes of 8 GPUs, data parallel: 18 GB a GPU for weights, gradients and optimizer (20 GB on one
-# node), 12 GB for activations.
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
+NAME=3b # in studies/paper/runs.toml
 
 # shellcheck source=examples/launcher.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The paper's schedule ablation (arXiv 2603.05369): the 130M model with each of the twelve schedules.
+# The paper's ablation of schedules (arXiv 2603.05369, table 6): the 350M model, 60,000 iterations of 98
+# sequences, with each schedule and length of warmup, and without ProRes.
 #
-#   bash examples/schedule_ablation.sh SCHEDULE [--dry-run] [placement] [flags]
-#   bash examples/schedule_ablation.sh NUMBER ...   # job 0 to 11 of the study, as in a Slurm job array
-#   bash examples/schedule_ablation.sh --list       # the jobs
+#   bash examples/schedule_ablation.sh SCHEDULE [W] [--dry-run] [placement] [flags]
+#   bash examples/schedule_ablation.sh plain [--dry-run] [placement] [flags]
+#   bash examples/schedule_ablation.sh --job NUMBER ...  # a run of the table, as in a Slurm job array
+#   bash examples/schedule_ablation.sh --list            # their numbers and words
 #
-# The run to compare them with is "examples/pretrain_130m.sh plain". examples/launcher.sh lists the
+# W is the whole warmup in iterations, else 24000. examples/launcher.sh lists the words and the
 # variables, docs/launch.md explains them.
 
 set -euo pipefail
@@ -13,20 +15,14 @@ set -euo pipefail
 # shellcheck source=examples/launcher.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
 
-JOBS=("${SCHEDULES[@]}")
-choose_job "$@"
-is_one_of "${chosen[0]}" "${SCHEDULES[@]}" ||
-  fail "${chosen[0]}: choose one of ${SCHEDULES[*]}, or a job from 0 to 11 (--list shows them)"
+choose_job ablation "$@"
+is_one_of "${chosen[0]}" plain "${SCHEDULES[@]}" ||
+  fail "${chosen[0]}: choose one of plain ${SCHEDULES[*]}, or --job and a number (--list shows them)"
 
-NAME=schedule
-
-LAYERS=${LAYERS:-12}
-HIDDEN_SIZE=${HIDDEN_SIZE:-768}
-FFN_HIDDEN_SIZE=${FFN_HIDDEN_SIZE:-2048}
-HEADS=${HEADS:-12}
-LEARNING_RATE=${LEARNING_RATE:-2e-3}
-
-# One node of 8 GPUs, data parallel: 14 GB a GPU.
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-32}
+NAME=ablation # in studies/paper/runs.toml
+if [[ ${chosen[1]:-} =~ ^[1-9][0-9]*$ ]]; then
+  NAME=ablation_${chosen[1]}
+  unset 'chosen[1]'
+fi
 
 launch "${chosen[@]}"

@@ -23,9 +23,10 @@ from megatron_prores.schedule.formulas import SCHEDULES, Alphas, alphas, opening
 OFF = "none"
 """The schedule that is no schedule: plain Megatron, no class of ours in the model."""
 
-BRANCH_INITS = ("auto", "normal", "scaled", "deepnorm")
+BRANCH_INITS = ("auto", "normal", "scaled", "ds", "deepnorm")
 """Names of the initial weights: ``normal`` is the paper's, ``scaled`` Megatron's and GPT-2's,
-``deepnorm`` DeepNorm's, ``auto`` deepnorm for that placement and else normal."""
+``ds`` DS-Init as in open_lm, ``deepnorm`` DeepNorm's, ``auto`` deepnorm for that placement and else
+normal."""
 
 DEFAULT_WARMUP_ITERS_PER_LAYER = 1000
 """T of the paper's main runs (section 4.1), in iterations."""
@@ -60,6 +61,10 @@ class ProResConfig:
 
     branch_init: str = "auto"
     """Initial weights of the branches, one of ``BRANCH_INITS``."""
+
+    truncated_init: bool = False
+    """Whether weights are drawn from a normal distribution cut off at three standard deviations, as
+    the paper's text has it. Its authors' code draws them from a plain one, and so does False."""
 
     embedding_weight_decay: bool = False
     """Whether the embedding decays like other weights. The paper's runs decay no embedding."""
@@ -132,7 +137,7 @@ class ProResConfig:
 
     @property
     def initialization(self) -> str:
-        """The initial weights of the branches, with ``auto`` resolved: normal, scaled, deepnorm."""
+        """The initial weights of the branches, with ``auto`` resolved."""
         if self.branch_init != "auto":
             return self.branch_init
         return "deepnorm" if PLACEMENTS[self.norm_placement].deepnorm else "normal"

@@ -20,6 +20,7 @@ FLAGS = {
     "warmup_samples": "--prores-warmup-samples",
     "norm_placement": "--norm-placement",
     "branch_init": "--branch-init",
+    "truncated_init": "--init-method-truncated-normal",
     "embedding_weight_decay": "--embedding-weight-decay",
     "num_layers": "--num-layers",
     "spec": "the layers that these flags select",
@@ -43,6 +44,8 @@ def config_of(args: argparse.Namespace) -> ProResConfig:
         warmup_samples=args.prores_warmup_samples,
         norm_placement=args.norm_placement,
         branch_init=args.branch_init,
+        # Not in a checkpoint that is older than the flag.
+        truncated_init=getattr(args, "init_method_truncated_normal", False),
         embedding_weight_decay=args.embedding_weight_decay,
     )
 

@@ -49,7 +49,7 @@ build_node_command() {
   command=(bash "$script")
   # In a job array each task is a run of its own: the script gets its number, and so does RUN_DIR.
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    command+=("$SLURM_ARRAY_TASK_ID")
+    command+=(--job "$SLURM_ARRAY_TASK_ID")
     [[ -z ${RUN_DIR:-} ]] || RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
   fi
   command+=("$@")

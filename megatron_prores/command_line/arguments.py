@@ -105,8 +105,14 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="NAME",
         help="Initial weights; normal: one standard deviation for every linear layer, as in the "
         "paper; scaled: 1/sqrt(2L) of it for the last linear of a branch, as in Megatron and "
-        "GPT-2; deepnorm: DeepNorm's gains; auto: deepnorm with that placement, else normal. "
-        "Default: auto.",
+        "GPT-2; ds: 1/sqrt(2l) of it in layer l, as in open_lm; deepnorm: DeepNorm's gains; auto: "
+        "deepnorm with that placement, else normal. Default: auto.",
+    )
+    group.add_argument(
+        "--init-method-truncated-normal",
+        action="store_true",
+        help="Draw initial weights from a normal distribution cut off at 3 standard deviations, "
+        "which leaves 0.987 of --init-method-std.",
     )
     group.add_argument(
         "--embedding-weight-decay",

@@ -15,6 +15,7 @@ from megatron_prores.command_line.rules import (
     NOT_WITH_OWN_INIT,
     NOT_WITH_OWN_LAYER,
     NOT_WITH_OWN_NORMS,
+    NOT_WITH_RESCALED_INIT,
     ONLY_WITH_TRANSFORMER_ENGINE,
     Rule,
 )
@@ -112,11 +113,14 @@ def _check_placement_and_init(args: Any, prores: ProResConfig) -> None:
         _refuse(args, NOT_WITH_OWN_NORMS, f"cannot be used with {named}")
     if prores.branch_init != "auto" or placement.deepnorm:
         _refuse(args, NOT_WITH_OWN_INIT, f"cannot be used with --branch-init {initialization}")
+    if prores.truncated_init:
+        _refuse(args, NOT_WITH_OWN_INIT, "cannot be used with --init-method-truncated-normal")
+    rescaled = initialization in ("ds", "deepnorm")
+    if rescaled:
+        _refuse(args, NOT_WITH_RESCALED_INIT, f"cannot be used with --branch-init {initialization}")
     if initialization == "deepnorm":
         _refuse(args, NOT_WITH_DEEPNORM_INIT, "cannot be used with --branch-init deepnorm")
-    if (placement.scaled_norms or initialization == "deepnorm") and (
-        args.init_model_with_meta_device
-    ):
+    if (placement.scaled_norms or rescaled) and args.init_model_with_meta_device:
         raise UserError(
             f"--init-model-with-meta-device cannot be used with {named} and "
             f"--branch-init {prores.branch_init}: there are no weights yet to set"

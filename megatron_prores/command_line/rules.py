@@ -143,7 +143,12 @@ NOT_WITH_OWN_INIT: tuple[Rule, ...] = (
     ("--use-mup", is_true("use_mup"), "both say how weights start"),
 )
 
-_DRAWN_BEFORE = "the float32 weights that it keeps are drawn before DeepNorm's gains are applied"
+_DRAWN_BEFORE = "the float32 weights that it keeps are drawn before they are rescaled"
+
+NOT_WITH_RESCALED_INIT: tuple[Rule, ...] = (
+    ("--fp8-param-gather", is_true("fp8_param_gather"), _DRAWN_BEFORE),
+    ("--fp4-param-gather", is_true("fp4_param_gather"), _DRAWN_BEFORE),
+)
 
 NOT_WITH_DEEPNORM_INIT: tuple[Rule, ...] = (
     (
@@ -166,6 +171,4 @@ NOT_WITH_DEEPNORM_INIT: tuple[Rule, ...] = (
         is_true("moe_latent_size"),
         "DeepNorm has no gain for the projections into and out of the latent space",
     ),
-    ("--fp8-param-gather", is_true("fp8_param_gather"), _DRAWN_BEFORE),
-    ("--fp4-param-gather", is_true("fp4_param_gather"), _DRAWN_BEFORE),
 )

@@ -91,6 +91,7 @@ def preprocess(
     encoder: Encoder,
     workers: int,
     log_interval: int | None = None,
+    stop_after: int | None = None,
 ) -> Summary:
     """Write one dataset per key, named ``{prefix}_{key}_document``.
 
@@ -100,13 +101,16 @@ def preprocess(
         encoder: Tokenizer and its settings; ``stop_at_problem`` makes a broken line end the run.
         workers: Processes that tokenize. The result does not depend on it.
         log_interval: See :class:`megatron_prores.data.progress.Progress`.
+        stop_after: Tokens, over all keys, after which the rest of the input is left unread; they
+            are reached within one chunk of it. None: all of it is read.
 
     Returns:
         Counts over all keys.
 
     Raises:
-        UserError: An input is unusable, no document has text, or the output cannot be written.
-            Nothing then changes under the final names.
+        UserError: An input is unusable, no document has text, there are fewer tokens than
+            ``stop_after``, or the output cannot be written. Nothing then changes under the final
+            names.
     """
     summary = Summary()
     with staging_directory(prefix) as staging:
@@ -128,7 +132,15 @@ def preprocess(
                         summary.empty += texts.empty
                     summary.documents += result.documents
                     progress.update(result.documents, result.text_bytes, result.disk_bytes)
+                    if stop_after is not None and summary.tokens.total() >= stop_after:
+                        break
             _require_tokens(inputs, encoder.keys, summary)
+            if stop_after is not None and summary.tokens.total() < stop_after:
+                # A download that broke off looks like the end of the input.
+                raise UserError(
+                    f"--stop-after-tokens {stop_after}: the input ended after "
+                    f"{summary.tokens.total()} tokens; nothing is written"
+                )
             for writer in writers.values():
                 writer.finish()
             for writer in writers.values():
@@ -166,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for suffix in (".bin", ".idx")
     ]
     refuse_existing(outputs, args.overwrite)
-    for flag, value in (("--workers", args.workers), ("--log-interval", args.log_interval)):
+    for flag, value in (
+        ("--workers", args.workers),
+        ("--log-interval", args.log_interval),
+        ("--stop-after-tokens", args.stop_after_tokens),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
     check_tokenizer_arguments(args)
@@ -174,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         encoder = _build_encoder(args, keys)
-        preprocess(inputs, prefix, encoder, args.workers, args.log_interval)
+        preprocess(inputs, prefix, encoder, args.workers, args.log_interval, args.stop_after_tokens)
     finally:
         signal.signal(signal.SIGTERM, previous)
     for path in outputs:
@@ -210,6 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         help="end the run at a broken line, or report, skip and count it (default: fail)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--stop-after-tokens", type=int, metavar="N",
+        help="leave the rest of the input unread; fewer tokens than N are an error",
+    )  # fmt: skip
     add_tokenizer_arguments(parser)
     return parser
 

@@ -3,14 +3,17 @@
 Megatron draws every linear weight from normal(0, init_method_std) under its random-number tracker.
 Other standard deviations are reached by rescaling what was drawn: the same draws on every layout
 that draws the same, right for a shard of a matrix as for the whole, and no second pass of random
-numbers (paper, section 4.1 and appendix; DeepNorm: Wang et al., arXiv 2203.00555).
+numbers (paper, section 4.1 and appendix; DeepNorm: Wang et al., arXiv 2203.00555; DS-Init: Zhang et
+al., arXiv 1908.11365, in the form of open_lm).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +27,15 @@ from megatron_prores.config import ProResConfig
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.with_prores import INPUT_NORM_SLOTS
 from megatron_prores.placement import PLACEMENTS
+
+TRUNCATED_AT = 3.0
+"""Standard deviations at which a truncated normal ends, as in open_lm; the paper does not say. What
+is left has 0.987 of the standard deviation. torch's own bounds are not in standard deviations: they
+are -2 and 2, where normal(0, 0.02) never gets to."""
+
+_LAST_LINEAR = re.compile(r"\b(linear_proj|out_proj|linear_fc2|fc2_latent_proj)\.weight\d*$")
+"""Names of the weights that Megatron draws by ``output_layer_init_method``: the last linear layer
+of a branch or of an expert, and the projection out of a latent space behind it."""
 
 
 def embedding_std(args: argparse.Namespace) -> float:
@@ -47,8 +59,23 @@ def configure(config: TransformerConfig, prores: ProResConfig) -> None:
         config: The model's configuration.
         prores: Its ``initialization`` names the scheme.
     """
+    if prores.truncated_init:
+        std, embedding = config.init_method_std, config.embedding_init_method_std
+        config.init_method = partial(_draw_truncated_normal, std=std)
+        config.output_layer_init_method = partial(
+            _draw_truncated_normal, std=std / math.sqrt(2.0 * config.num_layers)
+        )
+        config.embedding_init_method = partial(_draw_truncated_normal, std=embedding)
     if prores.initialization != "scaled":
         config.output_layer_init_method = config.init_method
+
+
+@torch.no_grad()
+def _draw_truncated_normal(weight: Tensor, std: float) -> None:
+    """Fill a weight, in place, by draws in float32: bfloat16 is too coarse near the bounds."""
+    draws = torch.empty_like(weight, dtype=torch.float32)
+    bound = TRUNCATED_AT * std
+    weight.copy_(torch.nn.init.trunc_normal_(draws, std=std, a=-bound, b=bound))
 
 
 @torch.no_grad()
@@ -56,7 +83,8 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
     """Finish the initial weights of this rank's model chunks, in place, as they were drawn.
 
     ``lns`` starts the norm weights of layer l at 1 / sqrt(l), ``deepnorm`` scales what Megatron
-    drew to DeepNorm's gains. Nothing is left to do for the other placements.
+    drew to DeepNorm's gains, ``ds`` scales the last linear layer of each branch of layer l by
+    1 / sqrt(2l). Multi-token prediction layers stay as they were drawn.
 
     Args:
         chunks: Model chunks just built by Megatron, not wrapped yet.
@@ -74,6 +102,10 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
                     weight.fill_(1.0 / math.sqrt(layer.layer_number) - offset)
             if prores.initialization == "deepnorm":
                 _rescale_to_deepnorm(layer, layer.config)
+            if prores.initialization == "ds":
+                for name, weight in layer.named_parameters():
+                    if _LAST_LINEAR.search(name):
+                        weight.mul_(1.0 / math.sqrt(2.0 * layer.layer_number))
 
 
 def mark_shards(chunks: list[Any]) -> None:

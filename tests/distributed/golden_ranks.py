@@ -220,16 +220,13 @@ def start_from_golden_weights(case: str) -> None:
     init.finish = finish
 
 
-def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -> None:
-    """Builds the model as the main program does and writes what its weights look like."""
+def start(argv: list[str]) -> tuple[Any, Any]:
+    """Reads a command line and starts Megatron as the main program does; its two configurations."""
     import sys
 
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import initialize_megatron
 
     from megatron_prores.command_line.arguments import parse_args, read_prores_flags
-    from megatron_prores.convert.llama import to_llama
-    from megatron_prores.training.prores_run import model_config
     from megatron_prores.upstream.datasets import use_prebuilt_dataset_helpers
 
     sys.argv = ["pretrain_gpt_prores.py", *argv]
@@ -237,10 +234,26 @@ def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -
     use_prebuilt_dataset_helpers()
     args, prores = parse_args(device)
     initialize_megatron()
+    return args, prores
+
+
+def build_chunks(args: Any, prores: Any) -> list[Any]:
+    """Builds this rank's part of the model as the main program does."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_prores.training.prores_run import model_config
+
     config = model_config(args, prores)
-    chunks = config.get_builder_cls()(config).build_distributed_models(
+    return config.get_builder_cls()(config).build_distributed_models(  # type: ignore[no-any-return]
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    weights = to_llama(chunks, prores.norm_placement, vocab_size)
+
+
+def write_initial_statistics(argv: list[str], vocab_size: int, directory: str) -> None:
+    """Builds the model as the main program does and writes what its weights look like."""
+    from megatron_prores.convert.llama import to_llama
+
+    args, prores = start(argv)
+    weights = to_llama(build_chunks(args, prores), prores.norm_placement, vocab_size)
     if torch.distributed.get_rank() == 0:
         np.savez(Path(directory, "weights.npz"), **{k: v.numpy() for k, v in weights.items()})

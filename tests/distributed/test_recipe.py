@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from megatron_prores.placement import PLACEMENTS
 from tests.distributed import golden_ranks
 from tests.distributed.conftest import MODEL, Text
 from tests.distributed.launch import Check, check_name, run_checks, run_job, run_ranks
+from tests.distributed.test_shards import MOCK
 from tests.distributed.test_stock import STOCK, scalars
 
 MEGATRONS_RECIPE = """
@@ -91,6 +93,78 @@ def test_every_schedule_starts_from_the_same_weights(
     none, linear = weights
     assert none.keys() == linear.keys()
     assert all(np.array_equal(none[name], linear[name]) for name in none)
+
+
+LAYOUTS = {
+    "one rank": (1, ""),
+    "tensor, pipeline and virtual stages": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --bf16",
+    ),
+    "experts": (
+        2,
+        "--num-experts 2 --expert-model-parallel-size 2 --moe-token-dispatcher-type allgather "
+        "--moe-layer-freq ([0]+[1]*3) --moe-shared-expert-intermediate-size 48 --mtp-num-layers 1",
+    ),
+}
+LAST_LINEAR = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def compare_initial_weights(argv: list[str]) -> None:
+    """Builds the model with each scheme, from the same seed, and compares it with the first."""
+    import torch
+    from megatron.core.utils import unwrap_model
+    from megatron.training.initialize import _set_random_seed
+
+    args, prores = golden_ranks.start(argv)
+
+    def weights(**settings: Any) -> dict[str, tuple[int, Any]]:
+        """Name -> number of the layer in the decoder, or 0, and the weight."""
+        _set_random_seed(args.seed)
+        chunks = golden_ranks.build_chunks(args, dataclasses.replace(prores, **settings))
+        found = {}
+        for number, chunk in enumerate(unwrap_model(chunks)):
+            layers = {id(p): x.layer_number for x in chunk.decoder.layers for p in x.parameters()}
+            for name, weight in chunk.named_parameters():
+                found[f"{number} {name}"] = layers.get(id(weight), 0), weight.detach().float()
+        return found
+
+    truncated, normal = weights(), weights(truncated_init=False)
+    ds = weights(truncated_init=False, branch_init="ds")
+    rounding = 2**-8 if args.bf16 else 1e-6
+    seen = set()
+    for name, (layer, weight) in normal.items():
+        factor = 1.0
+        if layer and name.endswith(LAST_LINEAR):
+            factor = (2 * layer) ** -0.5
+            seen.add(layer)
+        torch.testing.assert_close(ds[name][1], factor * weight, rtol=rounding, atol=0)
+    assert seen == {layer for layer, _ in normal.values() if layer}
+
+    sigma = args.init_method_std
+    scaled = weights(branch_init="scaled")
+    for name, (layer, weight) in truncated.items():
+        if weight.numel() < 64 * 32:
+            continue  # too few to tell a standard deviation by
+        for drawn, deviation in (
+            (weight, args.embedding_init_method_std if "word_emb" in name else sigma),
+            (scaled[name][1], sigma / math.sqrt(8) if name.endswith(LAST_LINEAR) else None),
+        ):
+            if deviation is not None:
+                assert drawn.abs().max() <= 3 * deviation * (1 + rounding), name
+                # The normal distribution between -3 and 3; that of 64 x 32 draws is off by 1.6%.
+                assert drawn.std().item() == pytest.approx(0.98658 * deviation, rel=0.08), name
+        if layer and name.endswith("linear_fc1.weight"):
+            assert normal[name][1].abs().max() > 3 * sigma  # as 0.27% of a plain normal are
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ds_init_and_truncated_weights_on_every_layout(layout: str, tmp_path: Path) -> None:
+    ranks, flags = LAYOUTS[layout]
+    argv = [*MODEL, *MOCK, *flags.split(), "--train-iters", "1", "--init-method-truncated-normal"]
+    job = run_ranks(tmp_path, compare_initial_weights, (argv,), ranks)
+    assert job.succeeded, job.output[-3000:]
 
 
 def check_shared_experts_have_their_own_gain() -> None:

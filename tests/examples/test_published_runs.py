@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,45 @@ from megatron_prores.schedule.formulas import SCHEDULES
 from tests.distributed.launch import run_job, run_ranks
 from tests.examples.clone import REPOSITORY, environment
 
-# The runs of arXiv 2603.05369: sizes, learning rates, and T, the ProRes warmup per layer.
-# nodes: of 8 GPUs, that the script is written for. parameters: see published_parameters.
-COLUMNS = "layers hidden ffn heads lr T nodes".split()
+# The runs of arXiv 2603.05369, typed from the paper once more, to find what is wrong in
+# studies/paper/runs.toml: sizes, learning rates (in general, of Post-LN and of DeepNorm), T, the
+# ProRes warmup per layer, sequences in a step, and steps. nodes: of 8 GPUs, that the script is for.
+COLUMNS = "layers hidden ffn heads lr post deepnorm T batch steps nodes".split()
 PAPER = """
-    pretrain_71m.sh          12   512  1368  8 2e-3 1000 1
-    pretrain_130m.sh         12   768  2048 12 2e-3 1000 1
-    pretrain_350m.sh         24  1024  2736 16 1e-3 1000 1
-    pretrain_1b.sh           24  2048  5632 32 6e-4 1000 1
-    pretrain_3b.sh           32  2560  6848 32 6e-4 1000 2
-    pretrain_7b.sh           32  4096 11008 32 3e-4 1000 4
-    depth_study.sh-12        12   512  1368  8 2e-3 1000 1
-    depth_study.sh-24        24   512  1368  8 2e-3 1000 1
-    depth_study.sh-48        48   512  1368  8 2e-3 1000 1
-    depth_study.sh-72        72   512  1368  8 2e-3 1000 1
-    depth_study.sh-96        96   512  1368  8 2e-3  500 1
-    depth_study.sh-120      120   512  1368  8 2e-3  500 1
-    schedule_ablation.sh-linear 12 768 2048 12 2e-3 1000 1
+    pretrain_71m.sh          12   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
+    pretrain_130m.sh         12   768  2048 12 2e-3 1e-3 1.5e-3 1000 512 100000 1
+    pretrain_350m.sh         24  1024  2736 16 1e-3 5e-4 1e-3   1000 512 100000 1
+    pretrain_1b.sh           24  2048  5632 32 6e-4 3e-4 3e-4   1000 512 100000 1
+    pretrain_3b.sh           32  2560  6848 32 6e-4 6e-4 6e-4   1000 512 100000 2
+    pretrain_7b.sh           32  4096 11008 32 3e-4 3e-4 3e-4   1000 512 100000 4
+    depth_study.sh-12        12   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
+    depth_study.sh-24        24   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
+    depth_study.sh-48        48   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
+    depth_study.sh-72        72   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
+    depth_study.sh-96        96   512  1368  8 2e-3 2e-3 1e-3    500 512 100000 1
+    depth_study.sh-120      120   512  1368  8 2e-3 2e-3 1e-3    500 512 100000 1
+    schedule_ablation.sh-linear 24 1024 2736 16 1e-3 5e-4 1e-3  1000  98  60000 1
 """
+# Table 6: the lengths of warmup that each schedule was run with, at three placements.
+TABLE_6 = """
+    linear           1000 3000 6000 12000 24000 48000
+    linear_sqrt      24000
+    linear_square    24000
+    equal            1000 12000 24000
+    reverse          1000 12000 24000
+    stagewise_0      24000
+    stagewise_L      24000
+    stagewise_sqrt_l 24000
+    fix_L
+    fix_sqrt_L
+    fix_sqrt_l
+"""
+# Figure 1, and 12 layers beside it.
+DEPTHS = (12, 24, 48, 72, 96, 120)
+DEPTH_METHODS = (
+    *(f"{baseline} plain" for baseline in "pre ds scaled deepnorm lns sandwich".split()),
+    *("pre prores linear", "pre prores equal"),
+)
 RUNS: dict[str, dict[str, float]] = {
     words[0]: dict(zip(COLUMNS, map(float, words[1:]), strict=True))
     for words in map(str.split, PAPER.strip().splitlines())
@@ -50,6 +73,8 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "": ("pre", "normal", "linear"),
     "plain": ("pre", "normal", "none"),
     "scaled plain": ("pre", "scaled", "none"),
+    "ds plain": ("pre", "ds", "none"),
+    "ds": ("pre", "ds", "linear"),
     "deepnorm plain": ("deepnorm", "deepnorm", "none"),
     "prores deepnorm": ("deepnorm", "deepnorm", "linear"),
     "equal lns": ("lns", "normal", "equal"),
@@ -69,6 +94,8 @@ SHRUNK = {
     "HEADS": "2",
     "SEQ_LENGTH": "16",
     "VOCAB_SIZE": "128",
+    "TP": "1",
+    "PP": "1",
     "MICRO_BATCH_SIZE": "1",
     "GLOBAL_BATCH_SIZE": "4",
     "TRAIN_ITERS": "4",
@@ -196,10 +223,11 @@ def test_the_real_program_reads_the_papers_figures(
     assert model["attention_heads"] == run["heads"]
     assert model["sequence_length"] == 1024
     assert training["learning_rate"] == run["lr"]
-    assert (training["learning_rate_style"], training["learning_rate_warmup_steps"]) == ("WSD", 2e3)
+    assert training["learning_rate_style"] == "WSD"
+    assert training["learning_rate_warmup_steps"] == run["steps"] / 50
     assert training["min_learning_rate"] == 0
-    assert training["global_batch_size"] == 512
-    assert training["steps"] == 100000
+    assert training["global_batch_size"] == run["batch"]
+    assert training["steps"] == run["steps"]
     assert training["eval_interval"] == 1000
     assert plan["warmup"]["schedule"] == "linear"
     assert plan["warmup"]["length"] == run["T"] * run["layers"]
@@ -210,17 +238,78 @@ def test_the_real_program_reads_the_papers_figures(
 
 
 def test_the_rest_of_the_recipe_is_the_papers() -> None:
-    for name in RUNS:
+    for name, run in RUNS.items():
         flags = " ".join(dry_run(name)[1])
         for flag in (
-            *("--adam-beta1 0.9 ", "--adam-beta2 0.95 ", "--adam-eps 1e-8 ", "--clip-grad 1.0 "),
-            *("--weight-decay 0.1 ", "--lr-wsd-decay-iters 10000 ", "--lr-wsd-decay-style linear "),
-            *("--normalization RMSNorm ", "--norm-epsilon 1e-5 ", "--swiglu ", "--bf16 "),
+            *("--adam-beta1 0.9 ", "--adam-beta2 0.95 ", "--adam-eps 1e-08 ", "--clip-grad 1 "),
+            *("--weight-decay 0.1 ", f"--lr-wsd-decay-iters {run['steps'] / 10:.0f} "),
+            *("--lr-wsd-decay-style linear ", "--lr-decay-style WSD ", "--min-lr 0 "),
+            *("--normalization RMSNorm ", "--norm-epsilon 1e-05 ", "--swiglu ", "--bf16 "),
             *("--position-embedding-type rope ", "--rotary-base 10000 ", "--hidden-dropout 0 "),
             *("--untie-embeddings-and-output-weights ", "--attention-dropout 0 "),
             *("--disable-bias-linear ", "--init-method-std 0.02 "),
         ):
             assert flag in flags
+        assert "truncated" not in flags  # as the authors' code
+
+
+def figures(name: str, *words: str, **variables: str) -> dict[str, float]:
+    """The flags of a dry run that have a number."""
+    flags = dry_run(name, *words, **variables)[1]
+    found = {}
+    for flag, value in pairwise(flags):
+        with contextlib.suppress(ValueError):
+            found[flag] = float(value)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_learning_rate_depends_on_the_method(name: str) -> None:
+    run = RUNS[name]
+    for words in ("sandwich", "lns plain", "scaled plain", "ds plain", "post", "deepnorm plain"):
+        placement = words.split()[0]
+        if "ablation" in name:
+            words = placement  # its first word is the schedule
+        flags = figures(name, *words.split())
+        assert flags["--lr"] == run.get(placement, run["lr"]), placement
+        part = 10 if placement in ("post", "deepnorm") else 50
+        assert flags["--lr-warmup-iters"] == run["steps"] / part, placement
+
+
+def test_the_environment_wins_over_the_table() -> None:
+    shorter = figures("pretrain_130m.sh", "post", TRAIN_ITERS="5000")
+    assert (shorter["--lr-warmup-iters"], shorter["--lr-wsd-decay-iters"]) == (500, 500)
+    own = {"LEARNING_RATE": "7e-5", "LR_WARMUP_ITERS": "3", "LR_DECAY_ITERS": "4", "TP": "4"}
+    flags = figures("schedule_ablation.sh-equal", "12000", **own)
+    assert flags["--lr"] == 7e-5
+    assert flags["--lr-warmup-iters"] == 3
+    assert flags["--lr-wsd-decay-iters"] == 4
+    assert flags["--tensor-model-parallel-size"] == 4
+    # One length of the warmup stands for both.
+    assert flags["--prores-warmup-iters"] == 12000
+    flags = figures("schedule_ablation.sh-equal", "12000", WARMUP_ITERS_PER_LAYER="9")
+    assert flags["--prores-warmup-iters-per-layer"] == 9
+    assert "--prores-warmup-iters" not in flags
+    flags = figures("pretrain_130m.sh", WARMUP_ITERS="99")
+    assert flags["--prores-warmup-iters"] == 99
+    assert "--prores-warmup-iters-per-layer" not in flags
+
+
+def test_a_dry_run_needs_a_python_that_can_read_the_table(tmp_path: Path) -> None:
+    # PYTHON may be another machine's.
+    assert (
+        "/other/python -m"
+        in run_script("pretrain_130m.sh", "--dry-run", PYTHON="/other/python").stdout
+    )
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for words in (("pretrain_130m.sh", "--dry-run"), ("depth_study.sh", "--list")):
+        result = run_script(*words, PYTHON="", PATH=path)
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: python3: not a Python 3.11 or newer")
 
 
 @pytest.mark.parametrize("words", METHODS)
@@ -234,29 +323,49 @@ def test_the_method_is_taken_in_words(words: str, plans: dict[str, dict[str, Any
 
 def test_the_words_are_the_programs() -> None:
     error = run_script("pretrain_130m.sh", "before", "--dry-run").stderr
-    assert f"a placement is one of {' '.join(PLACEMENTS)} scaled;" in error
+    assert f"a placement is one of {' '.join(PLACEMENTS)} scaled ds;" in error
     assert f"a schedule is one of {' '.join(SCHEDULES)};" in error
 
 
-def test_a_study_is_a_job_array() -> None:
-    schedules = run_script("schedule_ablation.sh-0", "--dry-run")
-    assert "--prores-schedule linear " in schedules.stdout
-    listing = run_script("schedule_ablation.sh", "--list").stdout.splitlines()
-    assert listing == [f"{number} {name}" for number, name in enumerate(SCHEDULES)]
-    listing = run_script("depth_study.sh", "--list").stdout.splitlines()
-    assert [line.split()[1:] for line in listing] == [
-        [str(layers), method]
-        for layers in (12, 24, 48, 72, 96, 120)
-        for method in ("prores", "plain")
-    ]
-    for line in listing[::5]:
-        number, layers, method = line.split()
-        by_number = run_script(f"depth_study.sh-{number}", "--dry-run", LOG_ID="a").stdout
-        assert (
-            by_number
-            == run_script(f"depth_study.sh-{layers}", method, "--dry-run", LOG_ID="a").stdout
-        )
-        assert ("--prores-schedule none" in by_number) == (method == "plain")
+STUDIES = {
+    "depth_study.sh": [f"{layers} {method}" for layers in DEPTHS for method in DEPTH_METHODS],
+    "schedule_ablation.sh": [
+        *(f"plain {placement}" for placement in "pre sandwich post deepnorm lns".split()),
+        *(
+            f"{row} {placement}"
+            for schedule, *warmups in map(str.split, TABLE_6.strip().splitlines())
+            for row in [f"{schedule} {warmup}" for warmup in warmups] or [schedule]
+            for placement in ("pre", "sandwich", "post")
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("script", STUDIES)
+def test_a_study_is_a_job_array(script: str) -> None:
+    jobs = STUDIES[script]
+    listing = run_script(script, "--list").stdout.splitlines()
+    assert listing == [f"{number} {words}" for number, words in enumerate(jobs)]
+    sweep = (REPOSITORY / "examples/slurm/sweep.sbatch").read_text()
+    assert f"--array=0-{len(jobs) - 1}" in sweep
+    directories = set()
+    some = range(0, len(jobs), 7)
+    for number in some:
+        first, *others = jobs[number].split()
+        flags = dry_run(script, "--job", str(number), LOG_ID="a")[1]
+        assert flags == dry_run(f"{script}-{first}", *others, LOG_ID="a")[1]
+        directories.add(flags[flags.index("--save") + 1])
+        (schedule,) = {*SCHEDULES, "plain"} & {first, *others}
+        given = flags[flags.index("--prores-schedule") + 1]
+        assert given == ("none" if schedule == "plain" else schedule)
+        if others[0].isdigit():
+            assert flags[flags.index("--prores-warmup-iters") + 1] == others[0]
+    assert len(directories) == len(some)  # each run has its own
+
+
+def test_equal_has_one_length_at_every_depth() -> None:
+    for layers in DEPTHS:
+        assert figures(f"depth_study.sh-{layers}", "equal")["--prores-warmup-iters"] == 12000
 
 
 def test_layout_data_and_further_flags_go_through() -> None:
@@ -316,7 +425,15 @@ def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:
         ("pretrain_130m.sh plain linear", {}, "plain linear: a schedule is one of prores"),
         ("depth_study.sh", {}, "--list"),
         ("depth_study.sh 13", {}, "13: choose one of 12 24 48 72 96 120 layers"),
-        ("schedule_ablation.sh 12", {}, "12: choose one of linear linear_sqrt"),
+        ("depth_study.sh --job 48", {}, "--job 48: give a number from 0 to 47"),
+        ("depth_study.sh --job 08", {}, "--job 08: give a number from 0 to 47"),
+        ("schedule_ablation.sh --job", {}, "--job : give a number from 0 to 64"),
+        ("schedule_ablation.sh 12", {}, "12: choose one of plain linear linear_sqrt"),
+        (
+            "pretrain_130m.sh",
+            {"WARMUP_ITERS": "9", "WARMUP_ITERS_PER_LAYER": "9"},
+            "WARMUP_ITERS and WARMUP_ITERS_PER_LAYER each say how long",
+        ),
         ("schedule_ablation.sh equal plain", {}, "plain equal: a schedule is one of prores"),
         ("pretrain_130m.sh", {"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE=all: give a whole number"),
         ("pretrain_130m.sh", {"TRAIN_ITERS": "1e5"}, "TRAIN_ITERS=1e5: give a whole number"),

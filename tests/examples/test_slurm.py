@@ -141,7 +141,7 @@ class Scenes:
         self.broken = begin(broken)
         self.wrong = begin(finished(f"{TWO_NODES} --prores-warmup-iters -1", "wrong"))
         self.single = begin(finished(SINGLE, "single", **ONE_RANK))
-        self.depth = begin(array(DEPTH.replace("0-11%4", "0-1"), 0, 1, **ONE_RANK))
+        self.depth = begin(array(DEPTH.replace("0-47%4", "0,6"), 0, 6, **ONE_RANK))
         self.containers = [
             begin(finished(command.replace("-N 4", "-N 2"), "container", DRY_RUN="1"))
             for command in CONTAINERS
@@ -262,7 +262,7 @@ def test_each_task_of_a_sweep_is_a_run_of_its_own(scenes: Scenes) -> None:
     for job in jobs:
         assert job.finish()["JobState"] == "COMPLETED", job.output()[-5000:]
         assert job.run.name == job.number.partition("_")[2]
-    with_prores, plain = jobs
+    plain, with_prores = jobs
     assert "depth_12 pre-prores-linear:" in with_prores.output()
     assert "depth_12 pre-plain:" in plain.output()
     assert with_prores.losses() != plain.losses()
