@@ -22,13 +22,13 @@ import torch
 
 from megatron_prores.command_line import device
 from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.data import corpus, preprocess, tokenizer
 from megatron_prores.errors import Parser, UserError, run_program
 from megatron_prores.flags import told_in_flags
 from megatron_prores.placement import PLACEMENTS
 from studies.fp8.picture import draw
 from studies.fp8.recipes import BF16, RECIPES
 from studies.fp8.report import as_text, write_json
+from studies.text import make_text
 
 COUNTS = {
     "layers": (6, "layers of the model"),
@@ -56,7 +56,7 @@ def main() -> None:
     document: dict[str, Any] = {"header": header(options, sys.argv[1:]), "runs": []}
     # Here, so that the runs, which are forks, need not import Megatron again.
     device.prepare("cpu")
-    make_data(options.data_dir, options.corpus_megabytes)
+    make_text(options.data_dir, options.corpus_megabytes, vocabulary=1024)
     placements, schedules, seeds = options.placements, options.schedules, options.seeds
     runs = list(itertools.product(placements, schedules, seeds, options.recipes))
     for number, run in enumerate(runs, start=1):
@@ -124,21 +124,6 @@ def header(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         "megatron-core": importlib.metadata.version("megatron-core"),
         **{name: getattr(options, name.replace("-", "_")) for name in COUNTS},
     }
-
-
-def make_data(folder: Path, megabytes: int) -> None:
-    """Make a corpus of this machine's Python library, its tokenizer and its tokens, if missing."""
-    if (folder / "train_text_document.idx").is_file():
-        return
-    model, text = str(folder / "tokenizer.model"), str(folder / "train.jsonl")
-    size = f"--min-megabytes {megabytes / 2} --max-megabytes {megabytes}".split()
-    corpus.main(["--output-dir", str(folder), *size])
-    tokenizer.main(["--input", text, "--output", model, "--vocab-size", "1024", "--overwrite"])
-    flags = "--append-eod --workers 1 --overwrite --tokenizer-type SentencePieceTokenizer".split()
-    prefix = str(folder / "train")
-    preprocess.main(
-        ["--input", text, "--output-prefix", prefix, *flags, "--tokenizer-model", model]
-    )
 
 
 def run_apart(options: argparse.Namespace, *run: Any) -> dict[str, Any]:

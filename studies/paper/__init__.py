@@ -1,1 +1,1 @@
-"""The paper's experiments (arXiv 2603.05369): their settings and what came out of them."""
+"""The paper's tables and figures: its runs, ours at a smaller scale, and one report of both."""

@@ -1,0 +1,180 @@
+"""The pictures of the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_prores.runs import ema
+from studies.paper.scales import ARMS, LONG, PLAIN, PRORES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from studies.paper.results import Results
+
+COLORS = {PLAIN: "#d1495b", LONG: "#edae49", PRORES: "#2a6f97"}
+_WEIGHT = 0.9
+"""Of the moving averages, over the points that are kept of a curve."""
+
+LABELS = {PLAIN: "plain", LONG: "plain, long learning-rate warmup", PRORES: "ProRes"}
+
+
+def _figure(columns: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained", facecolor="white")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for each in axes:
+        each.grid(color="0.9")
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def losses(results: Results) -> Figure | None:
+    """Draw the final loss of every seed, by placement, depth and arm."""
+    cases = [case for case in results.cases() if results.losses(placement=case[0], layers=case[1])]
+    if not cases:
+        return None
+    figure, (axes,) = _figure(1, width=max(6.0, 1.3 * len(cases)))
+    for at, (placement, layers) in enumerate(cases):
+        for shift, arm in zip((-0.22, 0.0, 0.22), ARMS, strict=True):
+            values = results.losses(placement=placement, layers=layers, arm=arm)
+            values = [value for value in values if math.isfinite(value)]
+            if not values:
+                continue
+            label = LABELS[arm] if at == 0 else None
+            axes.plot(
+                [at + shift] * len(values), values, "o", color=COLORS[arm], alpha=0.6, label=label
+            )
+            axes.hlines(np.mean(values), at + shift - 0.1, at + shift + 0.1, color=COLORS[arm])
+    axes.set_xticks(range(len(cases)), [f"{name}\n{layers} layers" for name, layers in cases])
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def depth(results: Results) -> Figure | None:
+    """Draw the final loss against the number of layers."""
+    figure, panels = _figure(2)
+    is_empty = True
+    for axes, placement in zip(panels, ("post", "pre"), strict=True):
+        for arm in ARMS:
+            depths = sorted({r["layers"] for r in results.of(placement=placement, arm=arm)})
+            points = []
+            for layers in depths:
+                values = results.losses(placement=placement, layers=layers, arm=arm)
+                points.append(
+                    np.mean([value for value in values if math.isfinite(value)] or [np.nan])
+                )
+            if len(depths) > 1:
+                axes.plot(depths, points, "o-", color=COLORS[arm], label=LABELS[arm])
+                is_empty = False
+        axes.set(title=placement, xlabel="layers", ylabel="validation loss (nats per token)")
+        axes.legend(frameon=False)
+    return None if is_empty else figure
+
+
+def gap(results: Results) -> Figure | None:
+    """Draw the training loss of ProRes minus that of plain, over the run."""
+    cases = [
+        case
+        for case in results.cases()
+        if all(results.of(placement=case[0], layers=case[1], arm=arm) for arm in (PLAIN, PRORES))
+        and len(results.losses(placement=case[0], layers=case[1], arm=PRORES)) > 1
+    ]
+    if not cases:
+        return None
+    figure, panels = _figure(len(cases))
+    for axes, (placement, layers) in zip(panels, cases, strict=True):
+        plain = mean_curve(results, placement, layers, PLAIN)
+        for arm in (LONG, PRORES):
+            ours = mean_curve(results, placement, layers, arm)
+            if ours is not None and plain is not None:
+                difference = ours[1] - plain[1]
+                axes.plot(plain[0], difference, color=COLORS[arm], linewidth=0.6, alpha=0.3)
+                axes.plot(plain[0], ema(difference, _WEIGHT), color=COLORS[arm], label=LABELS[arm])
+        axes.axhline(0.0, color="0.5", linewidth=0.8)
+        axes.set(title=f"{placement}, {layers} layers", xlabel="iteration", ylim=(-0.25, 0.25))
+        axes.legend(frameon=False)
+    panels[0].set_ylabel("training loss minus plain's")
+    return figure
+
+
+def growth(results: Results) -> Figure | None:
+    """Draw the RMS of the residual stream behind every layer, early, midway and at the end."""
+    runs = [r for r in results.all if r["norms"]]
+    runs = [r for r in runs if any("residual_rms/" in tag for tag in r["curves"])]
+    if not runs:
+        return None
+    figure, panels = _figure(len(runs))
+    for axes, run in zip(panels, runs, strict=True):
+        rms = _by_layer(run["curves"])
+        steps = next(curve[0] for tag, curve in run["curves"].items() if "residual_rms/" in tag)
+        for share, tint in ((0.1, 0.35), (0.5, 0.65), (1.0, 1.0)):
+            at = min(len(steps) - 1, round(share * len(steps)))
+            values = [curve[at] for curve in rms.values()]
+            label = f"iteration {steps[at]:.0f}"
+            axes.semilogy(
+                list(rms), values, ".-", color=COLORS[run["arm"]], alpha=tint, label=label
+            )
+        axes.set(title=LABELS[run["arm"]], xlabel="layer", ylabel="RMS of the residual stream")
+        axes.legend(frameon=False)
+    return figure
+
+
+def side_by_side(plain: Mapping[str, Any], ours: Mapping[str, Any]) -> Figure:
+    """Draw the losses and the gradient norms of two runs.
+
+    Args:
+        plain: Result of the run without ProRes.
+        ours: Result of the run with it.
+    """
+    figure, (left, right) = _figure(2)
+    for result in (plain, ours):
+        color, label = COLORS[result["arm"]], LABELS[result["arm"]]
+        for axes, name in ((left, "training loss"), (right, "gradient norm")):
+            steps, values = result["curves"][name]
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, ema(values, _WEIGHT), color=color, label=label)
+        steps, values = result["curves"]["validation loss"]
+        left.plot(steps, values, "o", color=color, markersize=4, label=f"{label}, validation")
+    left.set(xlabel="iteration", ylabel="loss (nats per token)")
+    right.set(xlabel="iteration", ylabel="gradient norm", yscale="log")
+    left.legend(frameon=False)
+    figure.suptitle(f"Post-LN, {plain['layers']} layers: plain Megatron, and with ProRes")
+    return figure
+
+
+def _by_layer(curves: Mapping[str, Any]) -> dict[int, list[float]]:
+    found = {
+        int(tag.rsplit("_", 1)[1]): curve[1]
+        for tag, curve in curves.items()
+        if "residual_rms/" in tag
+    }
+    return dict(sorted(found.items()))
+
+
+def mean_curve(
+    results: Results, placement: str, layers: int, arm: str
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """Return iterations and the training loss, the mean over seeds; None without runs."""
+    found = results.of(placement=placement, layers=layers, arm=arm)
+    curves = [result["curves"]["training loss"] for result in found]
+    curves = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
+    if not curves:
+        return None
+    return np.array(curves[0][0]), np.mean([curve[1] for curve in curves], axis=0)
+
+
+PICTURES: dict[str, Callable[[Any], Any]] = {
+    "losses": losses,
+    "depth": depth,
+    "gap": gap,
+    "growth": growth,
+}
