@@ -14,6 +14,13 @@ def checkpoint() -> None:
     run_program(main)
 
 
+def compare() -> None:
+    """Run ``prores-compare``: the numbers and curves of runs beside each other."""
+    from megatron_prores.compare.main import main
+
+    run_program(main)
+
+
 def doctor() -> None:
     """Run ``prores-doctor``: what this machine has, and what is missing."""
     from megatron_prores.doctor.main import main

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,74 +13,18 @@ import numpy.typing as npt
 
 from megatron_prores.errors import Parser, UserError
 from megatron_prores.files import atomic_write
+from megatron_prores.runs import TRAIN_TAG, VALID_TAG, Series, read_scalars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TRAIN_TAG = "lm loss"
-VALID_TAG = "lm loss validation"
 ALPHA_TAG = re.compile(r"prores/alpha/layer_(\d+)")
 
 _TRAIN_COLOR = "#2a6f97"
 _VALID_COLOR = "#d1495b"
 _SMOOTHED_ABOVE = 200
 """Points from which the eye needs a smoothed line over the raw one."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """A scalar over iterations."""
-
-    steps: npt.NDArray[Any]
-    """Iterations, rising; of a smoothed series, their means."""
-    values: npt.NDArray[np.float64]
-
-
-def read_scalars(tensorboard_dir: Path) -> dict[str, Series]:
-    """Read every scalar of a run, resumed or not.
-
-    Args:
-        tensorboard_dir: The run's ``--tensorboard-dir``. Where several event files hold the same
-            iteration (a run resumed from a checkpoint repeats some), the one written later counts.
-
-    Returns:
-        The scalars by tag.
-
-    Raises:
-        UserError: The folder is missing or holds no scalar.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-        EventAccumulator,
-    )
-
-    if not tensorboard_dir.is_dir():
-        raise UserError(f"--tensorboard-dir {tensorboard_dir}: no such folder")
-    files = sorted(tensorboard_dir.glob("*tfevents*"))
-    if not files:
-        raise UserError(
-            f"--tensorboard-dir {tensorboard_dir}: no TensorBoard event files (*tfevents*) in it"
-        )
-    # (when written, value) by tag and iteration. File by file: read together, the library would
-    # drop events that it takes for leftovers of a restart.
-    points: dict[str, dict[int, tuple[float, float]]] = {}
-    for file in files:
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            by_step = points.setdefault(tag, {})
-            for event in events.Scalars(tag):
-                written = (event.wall_time, event.value)
-                if event.step not in by_step or by_step[event.step][0] <= event.wall_time:
-                    by_step[event.step] = written
-    if not points:
-        raise UserError(f"--tensorboard-dir {tensorboard_dir}: its event files hold no scalars")
-    scalars = {}
-    for tag, by_step in points.items():
-        steps = sorted(by_step)
-        values = [by_step[step][1] for step in steps]
-        scalars[tag] = Series(np.array(steps, np.int64), np.array(values))
-    return scalars
 
 
 def alpha_matrix(
@@ -134,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="picture to write, .png")
     parser.add_argument("--title", help="line on top of the picture")
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() != ".png" or args.output.is_dir():
-        raise UserError(f"--output {args.output} must name a .png file")
+    check_picture(args.output)
     figure = draw_run(read_scalars(args.tensorboard_dir), args.title)
     save_figure(figure, args.output)
     print(args.output)
@@ -187,12 +129,26 @@ def _draw_alphas(
 
 def _smooth(series: Series, span: int) -> Series:
     """Return means over ``span`` points, of iterations and values alike, without inf and NaN."""
-    finite = np.isfinite(series.values)
-    steps, values = series.steps[finite], series.values[finite]
-    if len(steps) < span:
-        return Series(steps, values)
+    finite = series.finite()
+    if len(finite.steps) < span:
+        return finite
     window = np.full(span, 1 / span)
-    return Series(np.convolve(steps, window, "valid"), np.convolve(values, window, "valid"))
+    means = (np.convolve(each, window, "valid") for each in (finite.steps, finite.values))
+    return Series(*means)
+
+
+def size_of(number: float) -> str:
+    """Write a large number in short: 524.3K, 7.002B."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.4g}{name}"
+    return f"{number:g}"
+
+
+def check_picture(output: Path, flag: str = "--output") -> None:
+    """Raise a :class:`UserError` unless a path can be a picture's; ``flag`` named it."""
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"{flag} {output} must name a .png file")
 
 
 def save_figure(figure: Figure, output: Path, flag: str = "--output") -> None:

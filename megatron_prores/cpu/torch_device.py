@@ -8,6 +8,7 @@ tensor, and it hands a device to torch.distributed. Each is answered with the CP
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import torch._dynamo
 import torch.cuda.nvtx
 import torch.distributed
 import torch.utils.data
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_prores.upstream.registry import replace, wrap
 
@@ -71,30 +72,51 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-# Functions that take a device as a positional argument, which else could be any int or string.
-_MOVES = frozenset({torch.Tensor.to, torch.Tensor.new_tensor, torch.Generator, torch.load})
+# Functions that make a tensor like another one; torch lists the others that take a device.
+_LIKE = ("empty", "full", "ones", "rand", "randint", "randn", "zeros")
+_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
-class CudaMeansCpu(TorchFunctionMode):
-    """Turns every CUDA device that is handed to a torch function into the CPU."""
+def _on_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that makes or moves a tensor: a CUDA device that it is handed is the CPU.
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func`` with its device arguments replaced."""
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": CPU}
-            # Pinned memory exists for copies to a GPU and cannot be had without a driver.
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if func in _MOVES and len(args) > 1 and _is_cuda(args[1]):
+    Function by function, because a torch-function mode, which would see them all, costs a fifth of
+    a step of a small model: it is called at every operation.
+    """
+
+    @functools.wraps(stock)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        # Pinned memory exists for copies to a GPU and cannot be had without a driver.
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return stock(*args, **kwargs)
+
+    return on_cpu
+
+
+def _to_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function whose second argument may be a device: ``Tensor.to``, ``torch.load``."""
+    named = _on_cpu(stock)
+
+    @functools.wraps(stock)
+    def to_cpu(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
-        return func(*args, **(kwargs or {}))
+        return named(*args, **kwargs)
+
+    return to_cpu
+
+
+def _makers() -> dict[str, Any]:
+    """List the functions of torch that take a device, wrapped."""
+    makers = {function.__name__: function for function in _device_constructors()}
+    makers = {name: each for name, each in makers.items() if getattr(torch, name, None) is each}
+    makers |= {f"{name}_like": getattr(torch, f"{name}_like") for name in _LIKE}
+    return {name: _on_cpu(function) for name, function in makers.items()} | {
+        "load": _to_cpu(torch.load)
+    }
 
 
 def _self(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -246,16 +268,16 @@ def install() -> None:
     replace(torch.cuda.random, install, **{name: cuda[name] for name in seeds_and_states})
     nvtx = torch.cuda.nvtx
     replace(nvtx, install, range_push=_nothing, range_pop=_nothing, mark=_nothing, range=_no_range)
-    tensor_type = _tensor_type(torch.Tensor.type)
     moves = {"cuda": _self, "pin_memory": _self, "record_stream": _nothing}
-    replace(torch.Tensor, install, **moves, type=tensor_type)
+    makers = {name: getattr(torch.Tensor, name) for name in _METHODS}
+    makers = {name: _on_cpu(method) for name, method in makers.items()}
+    moved = {**moves, "to": _to_cpu(torch.Tensor.to), "type": _tensor_type(torch.Tensor.type)}
+    replace(torch.Tensor, install, **moved, **makers)
     replace(torch.nn.Module, install, cuda=_self)
     # Pinned-memory loaders ask this, not torch.cuda.
     replace(torch.accelerator, install, is_available=_constant(False))
-    replace(torch, install, compile=_uncompiled)
+    replace(torch, install, compile=_uncompiled, **_makers())
     wrap(torch.utils.data.dataloader._BaseDataLoaderIter, "__init__", (), _draw_nothing)
     needs = ("backend", "device_id")
     wrap(torch.distributed, "init_process_group", needs, _init_on_gloo)
     wrap(torch.distributed, "barrier", ("device_ids",), _barrier_on_gloo)
-    # Entered and never left: the device is chosen for the life of the process.
-    CudaMeansCpu().__enter__()

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_prores.environment import check_environment
 from megatron_prores.errors import Parser, UserError, split_at_dashes
 from megatron_prores.plan.planner import MAIN_PROGRAM, make_plan
+from megatron_prores.plot import check_picture
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -139,8 +140,7 @@ def _seconds(text: str) -> float:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--picture {path} must name a .png file")
+    check_picture(path, "--picture")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--picture {path}: there is no directory {path.absolute().parent}")
     return path

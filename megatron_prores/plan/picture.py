@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prores.plan.report import size_of
 from megatron_prores.plan.result import Plan
-from megatron_prores.plot import save_figure
+from megatron_prores.plot import save_figure, size_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

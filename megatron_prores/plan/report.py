@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from megatron_prores.plan.result import Plan
+from megatron_prores.plot import size_of
 
 _WIDTH = 100
 
@@ -41,14 +42,6 @@ def span(numbers: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans) or "none"
-
-
-def size_of(number: float) -> str:
-    """Write a large number in short: 524.3K, 7.002B."""
-    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.4g}{name}"
-    return f"{number:g}"
 
 
 def _wrapped(line: str, mark: str = "") -> str:

@@ -6,6 +6,8 @@ One launch of ranks per layout saves all models, and computes their logits as it
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -321,7 +323,10 @@ def test_the_model_card_says_where_alpha_stood(one_rank: Saved, tmp_path: Path) 
 
 @dataclass(frozen=True)
 class Read:
-    """Two models, in fp32 and in bf16, that read the beginning of a validation text."""
+    """Models in fp32 and in bf16 that read the beginning of a validation text.
+
+    The text stands behind the token that ends the document before it, and without that one.
+    """
 
     saved: Saved
     ids: list[int]
@@ -354,7 +359,7 @@ def read(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Read:
             ),
         ],
         1,
-        [[tokenizer.eos_id(), *ids]],
+        [[tokenizer.eos_id(), *ids], [*ids, tokenizer.eos_id()]],
     )
     return Read(saved, ids, tokenizer.decode(ids), tokenizer.eos_id(), str(model))
 
@@ -376,7 +381,7 @@ def test_in_bf16_both_models_say_the_same(placement: str, read: Read, tmp_path: 
     read.saved.export(f"bf16-{placement}", 4, tmp_path / "hf", dtype="bf16")
     tokens = [[read.end_of_document, *read.ids]]
     ours = torch.tensor(logits_of(tmp_path / "hf", tokens)).log_softmax(-1)
-    theirs = torch.tensor(read.saved.logits(f"bf16-{placement}", 4, None)).log_softmax(-1)
+    theirs = torch.tensor(read.saved.logits(f"bf16-{placement}", 4, None)[:1]).log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
     print(f"KL(Megatron || export), bf16, {placement}: {divergence:.2e} nats per token")
     # Logits of a few units, kept to 8 bits: 0.02 of difference are a KL of 2e-4.
@@ -399,6 +404,53 @@ def test_lm_eval_sees_megatrons_likelihoods(read: Read, tmp_path: Path) -> None:
     assert harness.loglikelihood_rolling([rolling])[0] == pytest.approx(
         per_token.sum().item(), rel=1e-5
     )
+
+    # Where the text can be cut without another division into tokens.
+    import sentencepiece
+
+    words = sentencepiece.SentencePieceProcessor(model_file=read.tokenizer)
+    cut = next(
+        n
+        for n in range(20, len(read.ids))
+        if words.encode(words.decode(read.ids[:n])) == read.ids[:n]
+        and not words.decode(read.ids[:n])[-1].isspace()
+    )
+    context = words.decode(read.ids[:cut])
+    request = Instance("loglikelihood", {}, (context, read.text.removeprefix(context)), 0)
+    # Without the token that ends the document before: lm-eval adds it to an empty context alone.
+    likely = torch.tensor(read.saved.logits("fp32", 4, None))[1].double().log_softmax(-1)
+    following = torch.tensor(read.ids[cut:])
+    expected = likely[cut - 1 : len(read.ids) - 1].gather(1, following[:, None]).sum().item()
+    (found, is_greedy), *_ = harness.loglikelihood([request])
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not is_greedy
+
+
+PERPLEXITY = """
+task: text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}]
+"""
+
+
+def test_lm_eval_computes_megatrons_perplexity(read: Read, tmp_path: Path) -> None:
+    from megatron_prores.evaluation.harness import Tasks, _parser, evaluate
+
+    read.saved.export("fp32", 4, tmp_path / "hf")
+    (tmp_path / "text.json").write_text(json.dumps({"text": read.text}))
+    (tmp_path / "text.yaml").write_text(PERPLEXITY.format(data=tmp_path / "text.json"))
+    flags = _parser().parse_args(["--load", ".", "--tasks", "text"])
+    scores = evaluate(tmp_path / "hf", Tasks("text", tmp_path), ["text"], flags, "cpu")["text"]
+    logits = torch.tensor(read.saved.logits("fp32", 4, None))[0].double().log_softmax(-1)
+    loss = -logits[:-1].gather(1, torch.tensor(read.ids)[:, None]).sum().item()
+    words, size = len(re.split(r"\s+", read.text)), len(read.text.encode())
+    assert scores["word_perplexity,none"] == pytest.approx(math.exp(loss / words), rel=1e-4)
+    assert scores["byte_perplexity,none"] == pytest.approx(math.exp(loss / size), rel=1e-5)
 
 
 def test_a_checkpoint_writes_text(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_prores.compare.numbers import compare, settings_that_differ
+from megatron_prores.compare.picture import draw_runs
+from megatron_prores.runs import load_run
 from megatron_prores.schedule.formulas import opening_steps
 from tests.distributed.conftest import MODEL, OPTIMIZER, Text
 from tests.distributed.launch import Job, run_job
@@ -115,6 +119,25 @@ def test_resumed_on_another_layout_it_is_the_same_run(text: Text, tmp_path: Path
     for tag in ("lm loss", "grad-norm"):
         assert merged(first, second, tag) == pytest.approx(straight.scalars(tag), rel=1e-5)
     assert {**first.alphas_by_step(), **second.alphas_by_step()} == straight.alphas_by_step()
+
+    # And so it looks beside the other, with what both starts have logged in one directory.
+    shutil.copytree(second.directory / "tensorboard", tmp_path / "logs")
+    shutil.copytree(first.directory / "tensorboard", tmp_path / "logs", dirs_exist_ok=True)
+    whole, parts = (load_run(path) for path in (straight.directory, tmp_path / "logs"))
+    assert parts.tokens.steps.tolist() == list(range(1, LAST + 1))
+    assert parts.tokens.values.tolist() == whole.tokens.values.tolist()
+    batch, length = (int(whole.settings[name]) for name in ("global_batch_size", "seq_length"))
+    assert whole.tokens.values[-1] == LAST * batch * length
+    numbers = compare([whole, parts])
+    for number in ("train_loss", "grad_norm_max", "skipped_iterations"):
+        assert numbers["logs"][number] == pytest.approx(numbers["straight"][number], rel=1e-5)
+    assert abs(numbers["logs"]["train_gap"]) < 1e-4
+    assert numbers["logs"]["tokens_per_second"] > 0
+    differing = settings_that_differ([whole, parts])
+    assert differing["tensor_model_parallel_size"] == {"straight": "1", "logs": "2"}
+    assert not {"tensorboard_dir", "load", "save"} & set(differing)
+    assert {"seed", "lr", "prores_warmup_iters"} <= set(whole.settings)
+    draw_runs([whole, parts])
 
 
 def test_the_comparison_sees_a_random_state_that_was_not_restored(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_prores.convert.export import export, open_checkpoint
 from megatron_prores.placement import PLACEMENTS
 from tests import golden
 from tests.distributed.launch import REPOSITORY, free_port, run_job
@@ -162,3 +163,8 @@ def test_checkpoint_from_the_cpu_through_transformer_engine_and_back(tmp_path: P
     assert resumed.succeeded, resumed.output[-3000:]
     expected = whole.scalars("lm loss")
     assert resumed.scalars("lm loss") == {step: expected[step] for step in range(5, 9)}
+    # Their exports are the same, file for file: the names and the layout of the norms are not.
+    for name, root in (("of local", first), ("of te", second)):
+        export(open_checkpoint(Path(root)), tmp_path / name, "bf16", "none")
+    weights = [(tmp_path / name / "model.safetensors") for name in ("of local", "of te")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

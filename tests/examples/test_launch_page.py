@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.examples.clone import REPOSITORY, make_clone
 from tests.examples.test_published_runs import SHRUNK, user_environment
+from tests.unit.event_files import write_start
 
 PAGE = (REPOSITORY / "docs/launch.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -60,8 +62,19 @@ def test_two_launchers_are_one_run(clone: Path) -> None:
     assert (logs / "rank0.log").is_file()
 
 
+def test_runs_are_compared(clone: Path) -> None:
+    for name, loss in (("pre-plain", 3.0), ("pre-prores-linear", 2.75)):
+        logs = clone / "runs/130m" / name / "tensorboard"
+        write_start(logs, dict.fromkeys(range(1, 5), loss), settings={"prores_schedule": name})
+    printed = run_block(BLOCKS[4], clone, PYTHON=sys.executable).stdout
+    assert re.search(r"^training loss minus the first's +- +-0\.2500$", printed, re.MULTILINE)
+    assert re.search(r"^prores_schedule +pre-plain +pre-prores-linear$", printed, re.MULTILINE)
+    assert (clone / "compared.png").is_file()
+    assert (clone / "compared.json").is_file()
+
+
 def test_all_blocks_are_known() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 # A value for each that is seen in the command.

@@ -69,6 +69,57 @@ def make(
     return directory
 
 
+def make_llama(root: Path, **shape: Any) -> Path:
+    """Makes a checkpoint of a Llama-like model, whose weights take no memory while it is made.
+
+    Args:
+        root: Of the checkpoints.
+        **shape: ``num_layers``, ``hidden_size``, ``ffn_hidden_size``, ``vocab_size``, ``dtype``.
+    """
+    layers, hidden, ffn = shape["num_layers"], shape["hidden_size"], shape["ffn_hidden_size"]
+    vocabulary, dtype = shape["vocab_size"], shape["dtype"]
+    in_layer = {
+        "self_attention.linear_qkv.weight": (3 * hidden, hidden),
+        "self_attention.linear_proj.weight": (hidden, hidden),
+        "mlp.linear_fc1.weight": (2 * ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+        "input_layernorm.weight": (hidden,),
+        "pre_mlp_layernorm.weight": (hidden,),
+    }
+    sizes = {
+        "embedding.word_embeddings.weight": (vocabulary, hidden),
+        "output_layer.weight": (vocabulary, hidden),
+        "decoder.final_layernorm.weight": (hidden,),
+        **{f"decoder.layers.{n}.{k}": size for n in range(layers) for k, size in in_layer.items()},
+    }
+    tensors = {name: torch.ones((), dtype=dtype).expand(size) for name, size in sizes.items()}
+    return make(
+        root,
+        8,
+        tensors,
+        num_layers=layers,
+        prores_settings=ProResConfig(schedule="linear", warmup_iters=8).settings(layers),
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=hidden // 128,
+        kv_channels=128,
+        group_query_attention=False,
+        seq_length=1024,
+        max_position_embeddings=1024,
+        init_method_std=0.02,
+        layernorm_epsilon=1e-5,
+        normalization="RMSNorm",
+        untie_embeddings_and_output_weights=True,
+        add_bias_linear=False,
+        swiglu=True,
+        position_embedding_type="rope",
+        rotary_base=10000,
+        tokenizer_type="NullTokenizer",
+        vocab_size=vocabulary - 1,
+        consumed_train_samples=8,
+    )
+
+
 def sign(directory: Path) -> None:
     """Writes the manifest of the files as they are."""
     names = manifest.file_names(directory)

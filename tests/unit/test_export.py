@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
+from huggingface_hub import HfApi
 
 from megatron_prores.convert import export as exporting
 from megatron_prores.convert.architecture import architecture_of
@@ -17,6 +21,8 @@ from megatron_prores.convert.export import export, open_checkpoint
 from megatron_prores.convert.from_hugging_face import megatron_flags
 from megatron_prores.convert.tokenizer import SAMPLE_TEXT, fast_sentencepiece
 from megatron_prores.errors import UserError
+from tests.distributed.launch import REPOSITORY
+from tests.unit.stored import make_llama
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4,
@@ -179,3 +185,69 @@ def test_shards_hold_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(set(index["weight_map"].values())) == 4
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+EXPORT = """
+import resource, sys
+from pathlib import Path
+from megatron_prores.convert import export as exporting
+
+exporting.SHARD_BYTES = 32_000_000
+source = exporting.open_checkpoint(Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exporting.export(source, Path(sys.argv[2]), "fp32", "none")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_an_export_takes_the_memory_of_a_shard_not_of_the_model(tmp_path: Path) -> None:
+    import torch
+
+    shape = {"num_layers": 6, "hidden_size": 1024, "ffn_hidden_size": 2816, "vocab_size": 8192}
+    make_llama(tmp_path / "saved", **shape, dtype=torch.float32)
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "saved"), str(tmp_path / "hf")]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    model = sum(path.stat().st_size for path in files)
+    assert model > 370_000_000
+    # A shard and the copy that safetensors makes of it, and what the largest weight is made of.
+    assert int(ran.stdout) < 200_000_000
+
+
+class _Hub(HfApi):
+    """What the Hub would be asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.asked.append(f"create {repo_id} {options}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> Any:  # type: ignore[override]
+        files = " ".join(sorted(path.name for path in Path(folder_path).iterdir()))
+        self.asked.append(f"upload {repo_id}: {files}")
+
+
+def test_push_uploads_what_was_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    shape = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 64}
+    root = make_llama(tmp_path / "saved", **shape, dtype=torch.float32).parent
+    monkeypatch.setattr("huggingface_hub.HfApi", _Hub)
+    words = ["--load", str(root), "--tokenizer", "none", "--push", "me/model"]
+    exporting.main([*words, "--output", str(tmp_path / "hf")])
+    assert _Hub.asked == [
+        "create me/model {'exist_ok': True}",
+        "upload me/model: README.md config.json generation_config.json model.safetensors",
+    ]
+    assert "me/model: uploaded" in capsys.readouterr().out
+
+    # A Hub that cannot be reached: the model is there all the same.
+    unreachable = functools.partial(HfApi, endpoint="http://127.0.0.1:9", token="none")
+    monkeypatch.setattr("huggingface_hub.HfApi", unreachable)
+    with pytest.raises(UserError) as error:
+        exporting.main([*words, "--output", str(tmp_path / "again")])
+    assert f"the model is in {tmp_path / 'again'}" in error.value.message()
+    assert (tmp_path / "again" / "model.safetensors").is_file()

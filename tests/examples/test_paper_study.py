@@ -1,0 +1,140 @@
+"""The study of the paper's claims, shortened: real runs, stopped and gone on with, one report."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from studies.paper.report import NO_VERDICT, NOT_SHOWN, SHOWN, Results, show, verdict
+from studies.paper.scales import LAPTOP, PLAIN, PRORES, Run, flags, runs_of
+from tests.examples.clone import REPOSITORY, environment
+
+ITERATIONS = 40
+RUNS = ["post-24-plain-seed1", "post-24-prores-seed1"]
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "studies.paper", *words, "--iterations", str(ITERATIONS)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The first look, stopped in the middle and gone on with; where its runs are, what it said."""
+    root = tmp_path_factory.mktemp("study")
+    look = command("see", "--scale", "minutes", "--output", str(root))
+    with subprocess.Popen(
+        look, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as first:
+        tracker = root / RUNS[0] / "checkpoints" / "latest_checkpointed_iteration.txt"
+        while not tracker.exists() and first.poll() is None:
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        output = first.communicate(timeout=600)[0]
+    assert first.returncode == 75, output
+    assert "the same command goes on" in output
+    again = subprocess.run(
+        look, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert again.returncode == 0, again.stderr
+    return root, again.stdout
+
+
+def logged(root: Path, run: str) -> tuple[dict[int, float], float]:
+    """The losses of a run, and its last validation loss, from its log."""
+    text = (root / run / "log.txt").read_text()
+    found = re.findall(r"iteration +(\d+)/ +\d+ .*?lm loss: ([0-9.E+-]+)", text)
+    validation = re.findall(r"validation loss at iteration \d+ on .*?value: ([0-9.E+-]+)", text)
+    return {int(step): float(loss) for step, loss in found}, float(validation[-1])
+
+
+def test_a_stopped_study_goes_on(study: tuple[Path, str]) -> None:
+    root, _ = study
+    for run in RUNS:
+        losses, _ = logged(root, run)
+        assert sorted(losses) == list(range(1, ITERATIONS + 1))
+        assert len((root / run / "seconds.txt").read_text().split()) >= 1
+    text = (root / RUNS[0] / "log.txt").read_text()
+    assert "successfully loaded checkpoint" in text
+
+
+def test_results_are_those_of_the_logs(study: tuple[Path, str]) -> None:
+    root, _ = study
+    for run in RUNS:
+        losses, validation = logged(root, run)
+        result = json.loads((root / run / "result.json").read_text())
+        assert result["validation_loss"] == pytest.approx(validation, rel=1e-5)
+        steps, values = result["curves"]["training loss"]
+        assert [float(step) for step in sorted(losses)] == steps
+        assert values == pytest.approx([losses[step] for step in sorted(losses)], rel=1e-4)
+
+
+def test_the_first_look_ends_in_a_sentence_and_a_picture(study: tuple[Path, str]) -> None:
+    root, output = study
+    for run in RUNS:
+        assert f"{logged(root, run)[1]:.3f}" in output.splitlines()[-1]
+    assert (root / "see.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_has_the_results(study: tuple[Path, str], tmp_path: Path) -> None:
+    root, _ = study
+    words = ("--scale", "minutes", "--output", str(root), "--report-dir", str(tmp_path))
+    made = subprocess.run(
+        [*command("main", *words), "--report-only"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "report.md").read_text()
+    (row,) = re.findall(r"^\| post \| 24 \|.*gain|^\| post \| 24 \|.*no verdict.*$", text, re.M)
+    plain, ours = (logged(root, run)[1] for run in RUNS)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert f"{plain:.4f}" in cells
+    assert f"{ours:.4f}" in cells
+    assert f"{plain - ours:+.4f}" in cells
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == text.count(".png)") > 0
+    # The one file that is committed is enough to write the report again.
+    before = text
+    again = subprocess.run(
+        [*command("main", "--scale", "minutes", "--output", str(tmp_path)), "--report-only"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "report.md").read_text() == before
+
+
+def test_a_difference_within_the_spread_of_seeds_is_none() -> None:
+    assert verdict([1.60, 1.62, 1.61], [1.55, 1.56, 1.57]) == SHOWN
+    assert verdict([1.60, 1.62, 1.61], [1.59, 1.60, 1.605]) == NOT_SHOWN
+    assert verdict([1.55, 1.56], [1.60, 1.62]) == NOT_SHOWN
+    assert verdict([1.60], [1.0, 1.1]) == NO_VERDICT
+    assert verdict([float("inf"), 1.7], [1.5, 1.5]) == NOT_SHOWN  # the spread has no bound
+    assert show([1.0, 2.0]) == "1.5000 ± 0.5000"
+    assert show([1.0, float("inf")]) == "diverged"
+
+
+def test_arms_differ_in_what_they_are_named_for() -> None:
+    plain, long, prores = (
+        flags(Run("post", arm, 24), LAPTOP, Path("d"), Path("r"))
+        for arm in ("plain", "long", PRORES)
+    )
+    at = plain.index("--lr-warmup-iters") + 1
+    assert (plain[at], long[at], prores[at]) == ("200", "480", "200")  # 10%; as long as W; 10%
+    assert [a for a, b in zip(plain, long, strict=True) if a != b] == ["200"]
+    assert prores[prores.index("--prores-warmup-iters") + 1] == "480"
+    assert "--prores-warmup-iters" not in plain
+    pre = flags(Run("pre", PLAIN, 12), LAPTOP, Path("d"), Path("r"))
+    assert pre[at] == "40"  # 2%
+
+
+def test_seeds_come_one_after_the_other() -> None:
+    runs = runs_of("main", LAPTOP)
+    assert [run.seed for run in runs] == [1] * 12 + [2] * 12 + [3] * 12
+    assert len(runs_of("all", LAPTOP)) == len(set(runs_of("all", LAPTOP))) > len(runs)
+    assert Results([]).cases() == []
