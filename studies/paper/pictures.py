@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_prores.runs import ema
+from studies.paper.results import RESIDUAL_RMS
 from studies.paper.scales import ARMS, LONG, PLAIN, PRORES
 
 if TYPE_CHECKING:
@@ -108,23 +109,45 @@ def gap(results: Results) -> Figure | None:
 
 def growth(results: Results) -> Figure | None:
     """Draw the RMS of the residual stream behind every layer, early, midway and at the end."""
-    runs = [r for r in results.all if r["norms"]]
-    runs = [r for r in runs if any("residual_rms/" in tag for tag in r["curves"])]
+    runs = [r for r in results.all if rms_by_layer(r)]
     if not runs:
         return None
     figure, panels = _figure(len(runs))
     for axes, run in zip(panels, runs, strict=True):
-        rms = _by_layer(run["curves"])
-        steps = next(curve[0] for tag, curve in run["curves"].items() if "residual_rms/" in tag)
+        rms = rms_by_layer(run)
+        steps = run["curves"][f"{RESIDUAL_RMS}{min(rms)}"][0]
         for share, tint in ((0.1, 0.35), (0.5, 0.65), (1.0, 1.0)):
             at = min(len(steps) - 1, round(share * len(steps)))
             values = [curve[at] for curve in rms.values()]
             label = f"iteration {steps[at]:.0f}"
-            axes.semilogy(
-                list(rms), values, ".-", color=COLORS[run["arm"]], alpha=tint, label=label
-            )
-        axes.set(title=LABELS[run["arm"]], xlabel="layer", ylabel="RMS of the residual stream")
+            axes.plot(list(rms), values, ".-", color=COLORS[run["arm"]], alpha=tint, label=label)
+        title, label = LABELS[run["arm"]], "RMS of the residual stream"
+        axes.set(title=title, xlabel="layer", ylabel=label, yscale="log")
         axes.legend(frameon=False)
+    return figure
+
+
+def rms_by_layer(result: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Return layer -> RMS of the residual stream behind it, over the run; empty if not logged."""
+    found = {
+        int(tag.removeprefix(RESIDUAL_RMS)): curve[1]
+        for tag, curve in result["curves"].items()
+        if tag.startswith(RESIDUAL_RMS)
+    }
+    return dict(sorted(found.items()))
+
+
+def cosine(results: Results) -> Figure | None:
+    """Draw the cosine of what each layer adds, early and at the end."""
+    runs = [r for r in results.all if r.get("cosine")]
+    if not runs:
+        return None
+    figure, (axes,) = _figure(1)
+    for run in runs:
+        layers = range(1, len(run["cosine"]) + 1)
+        axes.plot(layers, run["cosine"], ".-", color=COLORS[run["arm"]], label=LABELS[run["arm"]])
+    axes.set(xlabel="layer", ylabel="cosine, a tenth of the run and its end")
+    axes.legend(frameon=False)
     return figure
 
 
@@ -151,15 +174,6 @@ def side_by_side(plain: Mapping[str, Any], ours: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _by_layer(curves: Mapping[str, Any]) -> dict[int, list[float]]:
-    found = {
-        int(tag.rsplit("_", 1)[1]): curve[1]
-        for tag, curve in curves.items()
-        if "residual_rms/" in tag
-    }
-    return dict(sorted(found.items()))
-
-
 def mean_curve(
     results: Results, placement: str, layers: int, arm: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
@@ -177,4 +191,5 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
     "depth": depth,
     "gap": gap,
     "growth": growth,
+    "cosine": cosine,
 }

@@ -124,7 +124,7 @@ def _ablation_jobs() -> list[Job]:
 
 def _c4_jobs() -> list[Job]:
     return [
-        Job(size, placement, schedule, f"{placement} {words}", perplexity)
+        Job(size, placement, schedule, f"{size} {placement} {words}", perplexity)
         for placement, by_size in table()["results"]["c4"].items()
         for size, pair in by_size.items()
         for (schedule, words), perplexity in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -172,11 +173,7 @@ def growth(results: Results) -> Iterator[str]:
     """Figure 3: the residual stream over depth."""
     rows = []
     for result in [r for r in results.all if r["norms"]]:
-        rms = {
-            int(tag.rsplit("_", 1)[1]): series[1][-1]
-            for tag, series in result["curves"].items()
-            if "residual_rms/" in tag
-        }
+        rms = {layer: values[-1] for layer, values in pictures.rms_by_layer(result).items()}
         if rms:
             first, last = rms[min(rms)], rms[max(rms)]
             rows.append([result["arm"], f"{first:.3f}", f"{last:.3f}", f"{last / first:.2f}"])
@@ -190,6 +187,25 @@ def growth(results: Results) -> Iterator[str]:
         yield "![activation growth](growth.png)"
 
 
+def smoothness(results: Results) -> Iterator[str]:
+    """Figure 4: how layers turn between an early checkpoint and the last."""
+    found = {r["arm"]: r["cosine"] for r in results.all if r.get("cosine")}
+    if found:
+        yield "## Smoothness over depth (Figure 4)"
+        yield (
+            "Cosine of what each layer adds to the residual stream after a tenth of the training "
+            "and at its end (Pre-LN), and the mean step from one layer to the next. The paper: "
+            "smoother over depth with ProRes."
+        )
+        rows = []
+        for arm, cosines in found.items():
+            steps = [abs(b - a) for a, b in itertools.pairwise(cosines)]
+            figures = (statistics.mean(cosines), min(cosines), statistics.mean(steps))
+            rows.append([arm, *(f"{figure:.3f}" for figure in figures)])
+        yield table(("arm", "mean", "smallest", "mean step between layers"), rows)
+        yield "![cosine](cosine.png)"
+
+
 def gap(results: Results) -> Iterator[str]:
     """Figure 5: the gap of the training loss over time."""
     yield "## The gap over time (Figure 5)"
@@ -200,7 +216,7 @@ def gap(results: Results) -> Iterator[str]:
     yield "![gap](gap.png)"
 
 
-EXHIBITS = (losses_by_placement, depth, schedules, spikes, growth, gap)
+EXHIBITS = (losses_by_placement, schedules, depth, spikes, growth, smoothness, gap)
 
 
 def write_report(root: Path, scale: Scale, directory: Path) -> list[Path]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_prores.checkpoint.reader import iterations
+from megatron_prores.evaluation import layer_cosine
 from megatron_prores.runs import (
     EMPTY,
     GRAD_NORM_TAG,
@@ -26,6 +29,9 @@ FILE = "result.json"
 """In a run's directory, written when it has ended."""
 
 DIVERGED = "diverged"
+
+RESIDUAL_RMS = "prores/residual_rms/layer_"
+"""Tag of a layer's figure, without its number."""
 
 Result = dict[str, Any]
 
@@ -69,9 +75,26 @@ def collect(run: Run, directory: Path, is_diverged: bool) -> dict[str, Any]:
             "training loss": thinned(scalars[TRAIN_TAG]),
             "validation loss": thinned(scalars.get(VALID_TAG, EMPTY)),
             "gradient norm": thinned(scalars[GRAD_NORM_TAG]),
-            **{tag: thinned(scalars[tag]) for tag in sorted(scalars) if "rms/" in tag},
+            **{tag: thinned(scalars[tag]) for tag in scalars if tag.startswith(RESIDUAL_RMS)},
         },
+        "cosine": _cosine(directory) if run.norms and not is_diverged else None,
     }
+
+
+def _cosine(directory: Path) -> list[float]:
+    """Compute, per layer, the cosine of what it adds after a tenth of the run and at its end."""
+    steps = sorted(iterations(directory / "checkpoints"))
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "cosine.json")
+        layer_cosine.main(
+            [
+                *("--load", str(directory / "checkpoints"), "--json", str(found)),
+                *("--ckpt-step", str(steps[0]), "--other-step", str(steps[-1])),
+                *("--text", str(directory.parent / "data" / "valid.jsonl"), "--cache", folder),
+            ]
+        )
+        cosines: list[float] = json.loads(found.read_text())["cosine"]
+    return cosines
 
 
 def thinned(series: Series, points: int = _POINTS) -> list[list[float]]:

@@ -79,6 +79,7 @@ def train(
             each.process.send_signal(signal.SIGTERM)
         for each in active:
             each.process.wait()
+            _add_seconds(each, root)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -123,9 +124,7 @@ def _finish(started: _Started, root: Path) -> None:
     directory = root / started.run.name
     code = started.process.returncode
     text = (directory / "log.txt").read_text(errors="replace")
-    seconds = time.monotonic() - started.since
-    with (directory / "seconds.txt").open("a") as file:
-        file.write(f"{seconds:.1f}\n")
+    _add_seconds(started, root)
     is_diverged = code == 1 and "NaN in the loss" in text
     if code == EXIT_INTERRUPTED:
         raise Interrupted
@@ -136,6 +135,12 @@ def _finish(started: _Started, root: Path) -> None:
     result = collect(started.run, directory, is_diverged)
     with atomic_write(directory / FILE) as file:
         file.write(json.dumps(result))
+
+
+def _add_seconds(started: _Started, root: Path) -> None:
+    """Note how long a start of a run took."""
+    with (root / started.run.name / "seconds.txt").open("a") as file:
+        file.write(f"{time.monotonic() - started.since:.1f}\n")
 
 
 def _line(started: _Started, root: Path) -> str:

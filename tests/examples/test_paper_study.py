@@ -48,9 +48,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def logged(root: Path, run: str) -> tuple[dict[int, float], float]:
-    """The losses of a run, and its last validation loss, from its log."""
+    """The losses of a run, and its last validation loss, from its log.
+
+    Of each start the second line is left out: Megatron prints the mean of two iterations there.
+    """
     text = (root / run / "log.txt").read_text()
-    found = re.findall(r"iteration +(\d+)/ +\d+ .*?lm loss: ([0-9.E+-]+)", text)
+    found = []
+    for start in text.split("[before the start of training step]")[1:]:
+        lines = re.findall(r"iteration +(\d+)/ +\d+ .*?lm loss: ([0-9.E+-]+)", start)
+        found += [*lines[:1], *lines[2:]]
     # Of the evaluation within the training: there is another one behind its end.
     validation = re.findall(r"validation loss at iteration \d+ \|.*?value: ([0-9.E+-]+)", text)
     return {int(step): float(loss) for step, loss in found}, float(validation[-1])
@@ -60,8 +66,8 @@ def test_a_stopped_study_goes_on(study: tuple[Path, str]) -> None:
     root, _ = study
     for run in RUNS:
         losses, _ = logged(root, run)
-        assert sorted(losses) == list(range(1, ITERATIONS + 1))
-        assert len((root / run / "seconds.txt").read_text().split()) >= 1
+        assert len(losses) == ITERATIONS - 2  # two starts; see above
+        assert len((root / run / "seconds.txt").read_text().split()) == 2
     text = (root / RUNS[0] / "log.txt").read_text()
     assert "successfully loaded checkpoint" in text
 
@@ -73,8 +79,9 @@ def test_results_are_those_of_the_logs(study: tuple[Path, str]) -> None:
         result = json.loads((root / run / "result.json").read_text())
         assert result["validation_loss"] == pytest.approx(validation, rel=1e-5)
         steps, values = result["curves"]["training loss"]
-        assert [float(step) for step in sorted(losses)] == steps
-        assert values == pytest.approx([losses[step] for step in sorted(losses)], rel=1e-4)
+        assert steps == list(range(1, ITERATIONS + 1))
+        kept = {step: values[step - 1] for step in losses}
+        assert kept == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_first_look_ends_in_a_sentence_and_a_picture(study: tuple[Path, str]) -> None:
