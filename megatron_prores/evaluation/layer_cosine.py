@@ -21,7 +21,7 @@ from megatron_prores.evaluation.exported import (
     load_model,
 )
 from megatron_prores.files import atomic_write
-from megatron_prores.plot import save_figure
+from megatron_prores.plot import check_picture, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: must be at least 1")
-    if args.output is not None and args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output} must name a .png file")
+    if args.output is not None:
+        check_picture(args.output)
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,15 +17,13 @@ import torch
 from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 
+from megatron_prores.runs import GRAD_NORM_TAG, TRAIN_TAG
 from megatron_prores.spikes import FEWEST, WINDOW, is_spike
 from megatron_prores.upstream.training_loop import StepFigures
 from megatron_prores.warmup.scalars import log_scalars
 
 SCORED_SPAN = (0.1, 0.9)
 """The part of training that the score at the end is over: the paper's (Figure 2)."""
-
-_LOSS, _GRAD_NORM = "lm loss", "grad-norm"
-"""Megatron's tags of the two curves that are watched."""
 
 
 class Curve:
@@ -65,7 +63,7 @@ class SpikeLog:
 
     def __init__(self) -> None:
         """Begin without any steps."""
-        self.curves = {_LOSS: Curve(), _GRAD_NORM: Curve()}
+        self.curves = {TRAIN_TAG: Curve(), GRAD_NORM_TAG: Curve()}
 
     def after_step(self, step: StepFigures) -> None:
         """Look at a step; on the last rank, which has the loss and Megatron's log."""
@@ -73,8 +71,8 @@ class SpikeLog:
             return
         # Reading the loss waits for the device, as Megatron's own TensorBoard logging does.
         values = {
-            _LOSS: float(step.losses[_LOSS]),
-            _GRAD_NORM: math.nan if step.grad_norm is None else step.grad_norm,
+            TRAIN_TAG: float(step.losses[TRAIN_TAG]),
+            GRAD_NORM_TAG: math.nan if step.grad_norm is None else step.grad_norm,
         }
         for name, value in values.items():
             curve = self.curves[name]
@@ -129,7 +127,7 @@ class StepSkipper:
         if step.skipped and norm > self.threshold:
             self.skipped += 1
             _say(
-                f"skipped: iteration {step.iteration}, {_GRAD_NORM} {norm:.4g} "
+                f"skipped: iteration {step.iteration}, {GRAD_NORM_TAG} {norm:.4g} "
                 f"{_how_far(norm, self.curve.before)}, more than {self.sigmas:g} "
                 f"(--skip-step-above-sigmas); {self.skipped} skipped so far"
             )

@@ -162,6 +162,19 @@ def test_a_step_that_is_measured_is_the_same_step(tmp_path: Path) -> None:
     assert off.layer_norms() == {}
 
 
+def test_a_recomputed_pass_is_counted_once(tmp_path: Path) -> None:
+    flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 2".split()
+    flags += ["--save", str(tmp_path / "saved"), "--log-layer-norms-interval", "2"]
+    prepare = partial(watched.record_counts, str(tmp_path))
+    job = run_job(tmp_path, [*RUN, *flags], prepare=prepare)
+    assert job.succeeded, job.output[-3000:]
+    # The stream before the first branch and behind each of them, and what each branch adds: of
+    # every element of the global batch.
+    elements = float(MICRO_BATCHES * 2 * 64 * HIDDEN)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == [elements] * (1 + 2 * LAYERS + 2 * LAYERS)
+
+
 def test_every_layer_is_measured_at_every_nth_iteration(on_one_rank: Job) -> None:
     tags = {f"prores/{name}/layer_{number}" for name in FIGURES for number in range(1, LAYERS + 1)}
     assert set(on_one_rank.layer_norms()) == {(tag, at) for tag in tags for at in (3, LAST)}

@@ -36,6 +36,20 @@ def record(directory: str) -> None:
     gpt.get_batch, gpt.forward_step = get_batch, forward_step
 
 
+def record_counts(directory: str) -> None:
+    """Keep how many elements of each place a rank counts in a measured step."""
+    from megatron_prores.measure.layer_norms import LayerMeter
+
+    stock = LayerMeter.figures
+
+    def figures(meter: LayerMeter, hidden_size: int) -> Any:
+        counts = meter.counts[: meter.gradient].tolist()
+        Path(directory, "counts.json").write_text(json.dumps(counts))
+        return stock(meter, hidden_size)
+
+    LayerMeter.figures = figures  # type: ignore[method-assign]
+
+
 def spike() -> None:
     """Multiply the loss of one iteration, on the rank that computes it."""
     from megatron.training import get_args
