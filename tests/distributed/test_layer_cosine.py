@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ from numpy.typing import NDArray
 from megatron_prores.evaluation import layer_cosine
 from megatron_prores.evaluation.exported import CACHE, load_model
 from tests.distributed.conftest import MODEL, WARMUP, Text
-from tests.distributed.launch import run_job
+from tests.distributed.launch import REPOSITORY, run_job
 
 TEXT = "def main(argv):\n    return sorted(argv)\n" * 20
-TOKENS = 150  # two whole sequences of 64, and a part that is left out
+PLACES = {
+    **{"checkpoints": "saved", "data/valid.jsonl": "text", "10000": "3", "100000": "6"},
+    "4096": "150",  # tokens: two whole sequences of 64, and a part that is left out
+}
+"""Words of the page's command -> those of the test."""
 
 
 def added(directory: Path) -> NDArray[np.float32]:
@@ -31,16 +36,24 @@ def added(directory: Path) -> NDArray[np.float32]:
 
 
 def test_the_tool_prints_the_cosine_of_what_layers_add(
-    text: Text, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Text,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     saved = tmp_path / "saved"
     flags = [*MODEL, *text.flags, *WARMUP, "--train-iters", "6", "--save-interval", "3"]
     job = run_job(tmp_path, [*flags, "--save", str(saved), "--no-save-optim", "--lr", "1e-2"])
     assert job.succeeded, job.output[-3000:]
     (tmp_path / "text").write_text(TEXT)
-    argv = ["--load", str(saved), "--text", str(tmp_path / "text"), "--tokens", str(TOKENS)]
-    argv += ["--json", str(tmp_path / "cosine.json"), "--output", str(tmp_path / "cosine.png")]
-    layer_cosine.main([*argv, "--ckpt-step", "3", "--other-step", "6"])
+    # The command of the page, on these files.
+    page = (REPOSITORY / "docs/measurements.md").read_text()
+    command = page.partition("tools/layer_cosine.py --load")[2].partition("```")[0]
+    argv = [
+        PLACES.get(word, word) for word in shlex.split(f"--load {command}".replace("\\\n", " "))
+    ]
+    monkeypatch.chdir(tmp_path)
+    layer_cosine.main(argv)
     found = json.loads((tmp_path / "cosine.json").read_text())
     assert found["iterations"] == [3, 6]
     assert found["tokens"] == 128
@@ -52,5 +65,5 @@ def test_the_tool_prints_the_cosine_of_what_layers_add(
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert printed == [[str(n), f"{c:.4f}"] for n, c in enumerate(found["cosine"], start=1)]
     assert (tmp_path / "cosine.png").read_bytes().startswith(b"\x89PNG")
-    layer_cosine.main([*argv, "--other-step", "6"])  # the newest with itself
+    layer_cosine.main([*argv, "--ckpt-step", "6"])  # a checkpoint with itself
     assert json.loads((tmp_path / "cosine.json").read_text())["cosine"] == pytest.approx([1.0] * 4)
