@@ -34,6 +34,7 @@ def main() -> None:
 
     from megatron_prores.checkpoint import guard
     from megatron_prores.command_line.advice import advice
+    from megatron_prores.measure.install import install as install_measurements
     from megatron_prores.training import lifecycle
     from megatron_prores.training.gpt import (
         embedding_ranks,
@@ -56,6 +57,7 @@ def main() -> None:
         for line in advice(args, prores, argv=sys.argv[1:]):
             print(f"warning: {line}")
     config = pretrain_cfg_container_from_args(args, model_config(args, prores))
+    install_measurements(args)
     with lifecycle.installed(args):
         pretrain(
             config,

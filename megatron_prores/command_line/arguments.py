@@ -125,6 +125,25 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="cuda, or cpu: train on CPU tensors and gloo, for a first run and for tests.",
     )
+    group.add_argument(
+        "--log-layer-norms-interval",
+        type=int,
+        metavar="N",
+        help="Every N iterations log, for each layer, the size of the residual stream, of what its "
+        "branches add, of its gradient and of its weights. Default: never.",
+    )
+    group.add_argument(
+        "--log-spikes",
+        action="store_true",
+        help="Say in the log when the loss or the gradient norm spikes, and log how often.",
+    )
+    group.add_argument(
+        "--skip-step-above-sigmas",
+        type=float,
+        metavar="S",
+        help="Leave out an update whose gradient norm lies more than S standard deviations above "
+        "the mean of the 1000 steps before. Default: never.",
+    )
     return parser
 
 

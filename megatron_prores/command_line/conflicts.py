@@ -11,6 +11,7 @@ from megatron_prores.command_line.resiliency import check_resiliency
 from megatron_prores.command_line.rules import (
     NEEDS_PACKAGE,
     NOT_WITH_DEEPNORM_INIT,
+    NOT_WITH_LAYER_NORMS,
     NOT_WITH_NORM_BEHIND_THE_SUM,
     NOT_WITH_OWN_INIT,
     NOT_WITH_OWN_LAYER,
@@ -43,6 +44,7 @@ def check_flags(args: Any, prores: ProResConfig, target: TargetEnvironment = THI
     check_numbers(args)
     check_training(args)
     _check_async_save(args)
+    _check_measurements(args)
     check_resiliency(args, target)
     check_document_mask(args)
     if args.device == "cpu":
@@ -102,6 +104,17 @@ def _check_async_save(args: Any) -> None:
     if not args.use_persistent_ckpt_worker:
         # Upstream saves synchronously, and says so in one line among many.
         raise UserError("--async-save needs --use-persistent-ckpt-worker: give both")
+
+
+def _check_measurements(args: Any) -> None:
+    if args.log_layer_norms_interval is None:
+        return
+    if args.tensorboard_dir is None and not args.wandb_project:
+        raise UserError(
+            "--log-layer-norms-interval needs --tensorboard-dir or --wandb-project: they are "
+            "written nowhere else"
+        )
+    _refuse(args, NOT_WITH_LAYER_NORMS, "cannot be used with --log-layer-norms-interval")
 
 
 def _check_placement_and_init(args: Any, prores: ProResConfig) -> None:

@@ -118,6 +118,31 @@ NEEDS_PACKAGE: tuple[PackageRule, ...] = (
     ),
 )
 
+_SHARDED_OTHERWISE = "which rank counts a weight is not known of its shards"
+
+NOT_WITH_LAYER_NORMS: tuple[Rule, ...] = (
+    (
+        "--cuda-graph-impl",
+        lambda a: a.cuda_graph_impl != "none",
+        "a replayed graph runs none of the measuring",
+    ),
+    ("--use-megatron-fsdp", is_true("use_megatron_fsdp"), _SHARDED_OTHERWISE),
+    ("--use-torch-fsdp2", is_true("use_torch_fsdp2"), _SHARDED_OTHERWISE),
+    (
+        "--num-distributed-optimizer-instances",
+        lambda a: a.num_distributed_optimizer_instances > 1,
+        _SHARDED_OTHERWISE,
+    ),
+    (
+        "--optimizer",
+        lambda a: a.use_distributed_optimizer and a.optimizer not in ("adam", "sgd"),
+        _SHARDED_OTHERWISE,
+    ),
+    ("--fp8-param-gather", is_true("fp8_param_gather"), "the weights that it keeps are scaled"),
+    ("--fp4-param-gather", is_true("fp4_param_gather"), "the weights that it keeps are scaled"),
+)
+"""What ``--log-layer-norms-interval`` cannot measure."""
+
 NOT_WITH_NORM_BEHIND_THE_SUM: tuple[Rule, ...] = (
     (
         "--fp32-residual-connection",

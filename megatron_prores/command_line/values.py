@@ -6,6 +6,7 @@ data, its scheduler or its log; some with exit code 0. Here they are refused bef
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ _AT_LEAST_ONE = (
     "tensorboard_log_interval",
     "save_interval",
     "exit_interval",
+    "log_layer_norms_interval",
 )
 
 _AT_LEAST_ONE_IN_TRAINING = ("train_iters", "train_samples", "eval_interval", "lr_decay_iters")
@@ -65,6 +67,8 @@ def check_numbers(args: Any) -> None:
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, _FRACTIONS, lambda value: 0 <= value <= 1, "must be from 0 to 1")
     _require(args, _NOT_NEGATIVE, lambda value: value >= 0, "must not be negative")
+    above = ("skip_step_above_sigmas",)
+    _require(args, above, lambda value: 0 < value < math.inf, "must be above 0")
 
 
 def _require(

@@ -58,7 +58,9 @@ class Source:
         return samples * int(self.args.seq_length)
 
 
-def open_checkpoint(root: Path, step: int | None = None, schedule: str | None = None) -> Source:
+def open_checkpoint(
+    root: Path, step: int | None = None, schedule: str | None = None, step_flag: str = "--ckpt-step"
+) -> Source:
     """Open the checkpoint to export; reads its arguments and none of its weights.
 
     Args:
@@ -66,11 +68,12 @@ def open_checkpoint(root: Path, step: int | None = None, schedule: str | None = 
         step: An iteration; None: the newest.
         schedule: The run's own schedule, ``file:PATH`` or ``module:function``, where the checkpoint
             cannot say what its alphas are.
+        step_flag: That named ``step``, for the messages.
 
     Raises:
         UserError: There is none, it is damaged, or its alphas are not known.
     """
-    directory = _find(root, step)
+    directory = _find(root, step, step_flag)
     if damage := surface_damage(directory):
         raise UserError(
             f"--load {root}: {directory.name} is damaged: {damage[0]}; see tools/checkpoint.py "
@@ -121,7 +124,7 @@ def _alphas(
     return tuple(warmup.alphas)
 
 
-def _find(root: Path, step: int | None) -> Path:
+def _find(root: Path, step: int | None, step_flag: str) -> Path:
     if not root.is_dir():
         raise UserError(f"--load {root}: no such directory")
     if is_iteration(root.absolute()):
@@ -129,12 +132,12 @@ def _find(root: Path, step: int | None) -> Path:
     found = iterations(root)
     if step is not None:
         if step not in found:
-            raise UserError(f"--ckpt-step {step}: {root} has no checkpoint of that iteration")
+            raise UserError(f"{step_flag} {step}: {root} has no checkpoint of that iteration")
         return found[step].absolute()
     try:
         newest = newest_name(root)
     except DamagedError as error:
-        raise UserError(f"--load {root}: {error}; give --ckpt-step") from error
+        raise UserError(f"--load {root}: {error}; give {step_flag}") from error
     if newest is None:
         raise UserError(f"--load {root}: there is no checkpoint, or no tracker file, in it")
     return (root / newest).absolute()
@@ -336,9 +339,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+def add_dtype_argument(parser: argparse.ArgumentParser, default: str = "bf16") -> None:
     """Add the flag of the weights' dtype in an export."""
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default=default, help=f"default: {default}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,10 +24,10 @@ CACHE = "hugging_face"
 _STAMP = "exported_from.json"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "bf16") -> None:
     """Add the flags of every tool that runs a checkpoint's export."""
     add_source_arguments(parser)
-    add_dtype_argument(parser)
+    add_dtype_argument(parser, dtype)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU, or else the CPU")
     parser.add_argument("--cache", type=Path, help="of exports; default: beside the checkpoint")
 

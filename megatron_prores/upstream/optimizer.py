@@ -113,3 +113,21 @@ def align_saved_optimizer_state() -> None:
         sharded_state,
         purpose=align_saved_optimizer_state,
     )
+
+
+def call_before_clipping(optimizer: Any, hook: Callable[[], None]) -> None:
+    """Call the hook when gradients are reduced, and neither clipped nor free of the loss scale.
+
+    Args:
+        optimizer: The one that is watched. Megatron nests optimizers.
+        hook: Called on every rank in each of its steps.
+    """
+    from megatron.core.optimizer import ChainedOptimizer
+
+    def prepare_grads(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        if named["self"] is optimizer:
+            hook()
+        return stock()
+
+    purpose = call_before_clipping
+    wrap(ChainedOptimizer, "prepare_grads", ("self",), prepare_grads, purpose)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_prores.upstream.registry import replace, wrap
@@ -50,6 +51,70 @@ def call_around_steps(before_forward: StepHook, after_logging: StepHook) -> None
         ("training_log", call_after),
     ):
         wrap(training, name, ("iteration",), wrapper, purpose=before_forward)
+
+
+def call_around_train_step(around: Callable[[Callable[[], Any], int, Any, Any], Any]) -> None:
+    """Let a function run every training step.
+
+    Args:
+        around: Takes the step, the iteration that it completes, the model chunks of the rank, and
+            the optimizer; returns what the step returned.
+    """
+    from megatron.training import training
+
+    def train_step(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        return around(stock, named["iteration"] + 1, named["model"], named["optimizer"])
+
+    wrap(training, "train_step", ("iteration", "model", "optimizer"), train_step, purpose=around)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What Megatron logs of one training step, on every rank."""
+
+    iteration: int
+    """That the step completed."""
+    losses: Mapping[str, Any]
+    """Name -> mean over the tokens of the global batch, a tensor; empty but on the last stage."""
+    grad_norm: float | None
+    """Of all gradients, before clipping; None where one of them is NaN or infinite."""
+    skipped: bool
+    """Whether the weights were left as they were."""
+
+
+def call_after_steps(hook: Callable[[StepFigures], None]) -> None:
+    """Call the hook on every rank after Megatron has logged a training step."""
+    from megatron.training import training
+
+    needs = ("iteration", "loss_dict", "grad_norm", "skipped_iter")
+
+    def training_log(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        result = stock()
+        norm = named["grad_norm"]
+        hook(
+            StepFigures(
+                named["iteration"],
+                named["loss_dict"],
+                None if norm is None else float(norm),
+                bool(named["skipped_iter"]),
+            )
+        )
+        return result
+
+    wrap(training, "training_log", needs, training_log, purpose=hook)
+
+
+def call_after_training(hook: Callable[[], None]) -> None:
+    """Call the hook on every rank when the training loop ends, or ends the program."""
+    from megatron.training import training
+
+    def train(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        try:
+            return stock()
+        finally:
+            hook()
+
+    wrap(training, "train", (), train, purpose=hook)
 
 
 def ask_for_signals(handler: DistributedSignalHandler) -> None:

@@ -1,6 +1,8 @@
-"""Scalars of a run: the alpha of every layer, in TensorBoard and W&B."""
+"""Scalars of a run in TensorBoard and W&B, such as the alpha of every layer."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from megatron.training import get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
@@ -22,12 +24,28 @@ def log_alphas(alphas: Alphas, iteration: int) -> None:
             the next training step run.
         iteration: Iterations completed, the x axis of Megatron's own scalars.
     """
-    scalars = {alpha_tag(layer): float(alpha) for layer, alpha in enumerate(alphas, start=1)}
+    log_scalars(
+        {alpha_tag(layer): float(alpha) for layer, alpha in enumerate(alphas, start=1)}, iteration
+    )
+
+
+def has_writer() -> bool:
+    """Whether Megatron's writers are open on this rank: the last one, where any was asked for."""
+    return bool(get_tensorboard_writer() or get_wandb_writer())
+
+
+def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
+    """Write scalars where Megatron's own writers are open.
+
+    Args:
+        scalars: By their tags.
+        iteration: Iterations completed, the x axis of Megatron's own scalars.
+    """
     if writer := get_tensorboard_writer():
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, iteration)
     if wandb_writer := get_wandb_writer():
-        wandb_writer.log(scalars, iteration)
+        wandb_writer.log(dict(scalars), iteration)
 
 
 def close_tensorboard() -> None:

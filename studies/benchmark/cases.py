@@ -36,6 +36,8 @@ class Side:
     """Megatron's ``--attention-backend``; None: the one that stock Megatron has here."""
     in_bf16: bool = False
     """Whether the side leaves FP8 out, in a case of FP8."""
+    measured: bool = False
+    """Whether every step measures its layers, as ``--log-layer-norms-interval 1`` does."""
 
     @property
     def model(self) -> Hashable:
@@ -50,6 +52,7 @@ AFTER = Side("ProRes after warmup", "linear", opened=True)
 STOCK_BF16 = Side("stock Megatron in bf16", in_bf16=True)
 UNFUSED = Side("unfused attention", "linear", opened=True, attention="unfused")
 FUSED = Side("fused attention", "linear", opened=True, attention="fused")
+MEASURED = Side("layer norms at every step", "linear", opened=True, measured=True)
 
 
 def _against(base: Side, *others: Side) -> tuple[Side, ...]:
@@ -101,12 +104,15 @@ CASES: dict[str, Case] = {
     "130M-fp8": _fp8("130M"),
     "350M-fp8": _fp8("350M"),
     "3B-fp8": _fp8("3B", layers=20),
+    "1.3B-layer-norms": Case("1.3B", BF16, _against(AFTER, MEASURED)),
+    "130M-layer-norms": Case("130M", BF16, _against(AFTER, MEASURED)),
     "laptop-pre": Case("laptop", FP32),
     "laptop-sandwich": Case("laptop", FP32, _PLACED, "sandwich"),
     "laptop-post": Case("laptop", FP32, _PLACED, "post"),
     "laptop-deepnorm": Case("laptop", FP32, _PLACED, "deepnorm"),
     "laptop-lns": Case("laptop", FP32, _PLACED, "lns"),
     # On a GPU Transformer Engine, the default there, has attentions of its own.
+    "laptop-layer-norms": Case("laptop", FP32, _against(AFTER, MEASURED)),
     "laptop-attention": Case("laptop", FP32, _against(UNFUSED, FUSED), only_on="cpu"),
 }
 

@@ -31,6 +31,7 @@ from megatron.training.initialize import initialize_megatron, set_jit_fusion_opt
 from megatron_prores.command_line.arguments import parse_args
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.launch.network import set_single_process_env
+from megatron_prores.measure.layer_norms import LayerNormsLog
 from megatron_prores.model import initial_weights
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.training.gpt import Batch, forward_step
@@ -151,23 +152,26 @@ class Trainee:
         """Return what the layers multiply their branches by; nothing for Megatron's own layers."""
         return [layer.alpha.item() for chunk in self.warmup.chunks for layer in chunk]
 
-    def train(self, steps: int, opened: bool) -> tuple[float, float]:
+    def train(self, steps: int, opened: bool, measured: bool = False) -> tuple[float, float]:
         """Train for some steps in a row, and wait for the device once, after the last one.
 
         Args:
             steps: How many.
             opened: Whether the warmup is over, rather than under way.
+            measured: Whether each step measures its layers.
 
         Returns:
             Seconds per step, and the last loss.
         """
         # If the steps before had other alphas, that is not the cost of these.
         self._set_alpha(opened)
+        norms = LayerNormsLog(1, get_args().num_layers, get_args().hidden_size)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
             self._set_alpha(opened)
-            losses: Any = training.train_step(
+            step = partial(
+                training.train_step,
                 forward_step,
                 self.data,
                 self.model,
@@ -176,8 +180,13 @@ class Trainee:
                 self.config,
                 self.forward_backward,
                 iteration=self.steps,
-            )[0]
+            )
             self.steps += 1
+            losses: Any
+            if measured:
+                losses = norms.around_step(step, self.steps, self.model, self.optimizer)[0]
+            else:
+                losses = step()[0]
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / steps, float(losses["lm loss"])
 

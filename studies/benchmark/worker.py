@@ -93,7 +93,7 @@ def _count_memory(build: Build, case: Case, on: str) -> dict[str, int]:
         _clean()
         with peak_memory(on) as peak:
             trainee = build(side)
-            trainee.train(MEMORY_STEPS, side.opened)
+            trainee.train(MEMORY_STEPS, side.opened, side.measured)
             del trainee
         peaks[side.name] = peak()
     return peaks
@@ -113,12 +113,12 @@ def _take_turns(build: Build, case: Case, rounds: int) -> dict[str, Any]:
     _compare_losses(trainees, case)
     alphas: dict[str, list[float]] = {}
     for side in case.sides:
-        trainees[side.model].train(WARM_STEPS, side.opened)
+        trainees[side.model].train(WARM_STEPS, side.opened, side.measured)
         alphas[side.name] = trainees[side.model].alphas()
     steps = max(1, round(BLOCK_SECONDS / trainees[base.model].train(1, base.opened)[0]))
 
     def block(side: Side) -> float:
-        return trainees[side.model].train(steps, side.opened)[0]
+        return trainees[side.model].train(steps, side.opened, side.measured)[0]
 
     weights = trainees[base.model].model[0].parameters()
     return {

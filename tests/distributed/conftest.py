@@ -24,6 +24,9 @@ LAST = 6
 # 48 iterations over 4 layers: at each of the steps 2 to 6 the alphas of all layers differ.
 WARMUP = "--prores-schedule linear --prores-warmup-iters 48".split()
 
+# At two of the four iterations after the checkpoint.
+MEASURED = "--log-layer-norms-interval 3".split()
+
 # The one optimizer checkpoint that every layout can load.
 OPTIMIZER = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
 
@@ -105,7 +108,7 @@ def checkpoint(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def on_one_rank(text: Text, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The run that every layout is compared with."""
-    flags = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint)]
+    flags = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *MEASURED, *loading(checkpoint)]
     job = run_job(tmp_path_factory.mktemp("one_rank"), flags)
     assert job.succeeded, job.output[-3000:]
     return job

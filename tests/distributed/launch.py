@@ -44,20 +44,30 @@ class Job:
     def succeeded(self) -> bool:
         return all(code == 0 for code in self.exit_codes)
 
+    def events(self) -> Any:
+        """Reads what the job wrote for TensorBoard."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0})
+        events.Reload()
+        return events
+
     def scalars(self, tag: str) -> dict[int, float]:
         """Reads a TensorBoard scalar: iteration -> value, in the float32 that Megatron wrote."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0})
-        events.Reload()
-        return {event.step: event.value for event in events.Scalars(tag)}
+        return {event.step: event.value for event in self.events().Scalars(tag)}
 
     def tags(self) -> set[str]:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        return set(self.events().Tags()["scalars"])
 
-        events = EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0})
-        events.Reload()
-        return set(events.Tags()["scalars"])
+    def layer_norms(self) -> dict[tuple[str, int], float]:
+        """Reads what was measured of the layers: (tag, iteration) -> value."""
+        events = self.events()
+        return {
+            (tag, event.step): event.value
+            for tag in events.Tags()["scalars"]
+            if "/layer_" in tag and not tag.startswith("prores/alpha/")
+            for event in events.Scalars(tag)
+        }
 
     def alphas_by_step(self) -> dict[int, dict[int, float]]:
         """Merges what all ranks held, step -> layer -> alpha; the ranks must not disagree."""

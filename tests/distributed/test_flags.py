@@ -41,7 +41,7 @@ RUNS = {
         --yarn-beta-slow 2 --yarn-original-max-position-embeddings 16
         --rotary-scaling-factor 2 --apply-query-key-layer-scaling --bf16
         --accumulate-allreduce-grads-in-fp32
-        --recompute-activations --mlp-chunks-for-training 2
+        --recompute-activations --mlp-chunks-for-training 2 --log-layer-norms-interval 2
     """,
     "experts": f"""
         {QUIET} {ROPE} --swiglu --num-experts 4 --moe-layer-freq 2 --moe-ffn-hidden-size 32
@@ -51,7 +51,7 @@ RUNS = {
         --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01
         --moe-router-topk-scaling-factor 2.5 --moe-shared-expert-intermediate-size 32
         --moe-per-layer-logging --mtp-num-layers 1 --mtp-loss-scaling-factor 0.2
-        --mtp-detach-heads
+        --mtp-detach-heads --log-layer-norms-interval 2
     """,
     "training loop": f"""
         {ROPE} --eval-interval 2 --eval-iters 1 --start-eval-at-iter 3 --eval-micro-batch-size 1
@@ -63,7 +63,7 @@ RUNS = {
         --no-manual-gc-eval --check-for-large-grads --check-for-spiky-loss
         --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
         --ddp-num-buckets 2 --exit-duration-in-mins 60 --iterations-to-skip 2
-        --check-weight-hash-across-dp-replicas-interval 2
+        --check-weight-hash-across-dp-replicas-interval 2 --log-layer-norms-interval 1 --log-spikes
     """,
     "logging": f"""
         {QUIET} {ROPE} --log-params-norm --log-num-zeros-in-grad --log-throughput
@@ -100,6 +100,9 @@ def test_layers_open_alike_whatever_else_a_run_does(name: str, tmp_path: Path) -
     for step, alphas in held.items():
         assert list(alphas.values()) == pytest.approx(list(config.alphas(step, 4)))
     assert all(math.isfinite(loss) for loss in job.scalars("lm loss").values())
+    norms = job.layer_norms()
+    assert bool(norms) == ("--log-layer-norms-interval" in flags)
+    assert all(math.isfinite(value) for value in norms.values())
 
 
 def real_data() -> list[str]:

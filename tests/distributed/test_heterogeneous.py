@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import MODEL, OPTIMIZER, Text, loading, saving
+from tests.distributed.conftest import MEASURED, MODEL, OPTIMIZER, Text, loading, saving
 from tests.distributed.launch import Job, run_job
-from tests.distributed.test_layouts import TOLERANCE
+from tests.distributed.test_layouts import NORM_TOLERANCE, TOLERANCE
 from tests.distributed.test_plan import planned
 
 LEFT_OUT: dict[str, object] = {"no_op": True}
@@ -82,36 +82,49 @@ def test_same_run_on_every_layout(placement: str, text: Text, tmp_path: Path) ->
     flags = [*FLAGS, *text.flags, *OPTIMIZER, *WARMUP, "--norm-placement", placement]
     flags += ["--heterogeneous-layers-config-path", str(blocks)]
     run(tmp_path / "save", [*flags, *saving(tmp_path / "saved")])
-    alone = run(tmp_path / "alone", [*flags, *loading(tmp_path / "saved")])
-    assert all(list(held) == [1, 2, 3, 4] for held in alone.alphas_by_step().values())
     load = [*flags, *loading(tmp_path / "saved")]
+    alone = run(tmp_path / "alone", [*load, *MEASURED])
+    assert all(list(held) == [1, 2, 3, 4] for held in alone.alphas_by_step().values())
     plans = planned(
         {name: ([*load, *layout.split()], 2) for name, layout in LAYOUTS.items()},
         tmp_path / "plans",
     )
     for name, layout in LAYOUTS.items():
-        job = run(tmp_path / name, [*load, *layout.split()], ranks=2)
+        job = run(tmp_path / name, [*load, *MEASURED, *layout.split()], ranks=2)
         assert job.alphas_by_step() == alone.alphas_by_step()
         assert plans[name]["layer_map"].splitlines() == layer_map(job)
         for tag in ("lm loss", "grad-norm", "lm loss validation"):
             assert job.scalars(tag) == pytest.approx(alone.scalars(tag), rel=TOLERANCE), tag
+        assert job.layer_norms() == pytest.approx(alone.layer_norms(), rel=NORM_TOLERANCE)
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_layer_without_branches_is_the_identity(
     placement: str, text: Text, tmp_path: Path
 ) -> None:
-    flags = [*FLAGS, *text.flags, "--norm-placement", placement, "--train-iters", "3"]
+    flags = [*FLAGS, *text.flags, "--norm-placement", placement, "--train-iters", "3", *MEASURED]
     whole = (ATTENTION, wide(2.0))
-    losses = {}
+    jobs = {}
     for name, between in {"with": [(LEFT_OUT, LEFT_OUT)], "without": []}.items():
         blocks = [whole, *between, whole]
         argv = [*flags, "--prores-schedule", f"file:{half_open(tmp_path / name, len(blocks))}"]
         file = write_blocks(tmp_path / name, blocks)
         argv += ["--heterogeneous-layers-config-path", str(file)]
         argv[argv.index("--num-layers") + 1] = str(len(blocks))
-        losses[name] = run(tmp_path / name / "run", argv).scalars("lm loss")
+        jobs[name] = run(tmp_path / name / "run", argv)
+    losses = {name: job.scalars("lm loss") for name, job in jobs.items()}
     assert losses["with"] == pytest.approx(losses["without"], rel=TOLERANCE)
+    measured = jobs["with"].layer_norms()
+    empty = {tag: value for (tag, _), value in measured.items() if tag.endswith("/layer_2")}
+    for name in ("residual_norm", "residual_rms"):
+        assert empty.pop(f"prores/{name}/layer_2") == measured[f"prores/{name}/layer_1", 3]
+    assert set(empty.values()) == {0.0}
+    others = {
+        (tag.replace("layer_3", "layer_2"), at): value
+        for (tag, at), value in measured.items()
+        if not tag.endswith("/layer_2")
+    }
+    assert others == pytest.approx(jobs["without"].layer_norms(), rel=NORM_TOLERANCE)
 
 
 def half_open(path: Path, layers: int) -> Path:

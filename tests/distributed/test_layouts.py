@@ -1,4 +1,4 @@
-"""One model, many layouts: the same losses, gradients and alphas wherever its layers are."""
+"""One model, many layouts: the same losses, gradients, alphas and sizes of layers on each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron_prores.schedule.formulas import alphas
 from tests.distributed import faults
 from tests.distributed.conftest import (
     LAST,
+    MEASURED,
     MODEL,
     OPTIMIZER,
     SAVED_AT,
@@ -22,6 +23,7 @@ from tests.distributed.launch import Job, run_job
 
 # float32 on another layout adds up the same numbers in another order; measured below 4e-7.
 TOLERANCE = 1e-5
+NORM_TOLERANCE = 1e-4
 
 PP2 = "--pipeline-model-parallel-size 2"
 LAYOUTS = {
@@ -58,6 +60,7 @@ def assert_same_run(job: Job, reference: Job) -> None:
         assert values == pytest.approx(reference.scalars(tag), rel=TOLERANCE), tag
     assert len(job.scalars("lm loss")) == LAST - SAVED_AT
     assert job.alphas_by_step() == reference.alphas_by_step()
+    assert job.layer_norms() == pytest.approx(reference.layer_norms(), rel=NORM_TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,7 +68,8 @@ def test_same_run_on_every_layout(
     layout: str, text: Text, checkpoint: Path, on_one_rank: Job, tmp_path: Path
 ) -> None:
     ranks, flags = LAYOUTS[layout]
-    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint), *flags.split()]
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *MEASURED, *loading(checkpoint)]
+    argv += flags.split()
     assert_same_run(run_job(tmp_path, argv, ranks), on_one_rank)
 
 
@@ -94,7 +98,7 @@ def test_experts_on_two_ranks_give_the_run_of_one(text: Text, tmp_path: Path) ->
     flags = [*MODEL, *text.flags, *WARMUP, *MOE]
     saved = run_job(tmp_path / "save", [*flags, *saving(tmp_path / "saved")])
     assert saved.succeeded, saved.output[-3000:]
-    load = [*flags, *loading(tmp_path / "saved")]
+    load = [*flags, *MEASURED, *loading(tmp_path / "saved")]
     one = run_job(tmp_path / "one", load)
     assert one.succeeded, one.output[-3000:]
     two = run_job(tmp_path / "two", [*load, "--expert-model-parallel-size", "2"], ranks=2)
@@ -108,7 +112,7 @@ def test_prediction_layers_are_no_part_of_the_warmup(text: Text, tmp_path: Path)
     flags = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *MTP]
     saved = run_job(tmp_path / "save", [*flags, *saving(tmp_path / "saved")])
     assert saved.succeeded, saved.output[-3000:]
-    load = [*flags, *loading(tmp_path / "saved")]
+    load = [*flags, *MEASURED, *loading(tmp_path / "saved")]
     one = run_job(tmp_path / "one", load)
     assert_same_run(run_job(tmp_path / "two", [*load, *PP2.split()], ranks=2), one)
     assert all(list(held) == [1, 2, 3, 4] for held in one.alphas_by_step().values())
@@ -154,7 +158,7 @@ def test_the_layout_test_sees_a_fault_that_no_audit_stops(
 def test_a_model_that_is_configured_twice_is_warmed_up_once(
     text: Text, checkpoint: Path, on_one_rank: Job, tmp_path: Path
 ) -> None:
-    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(checkpoint)]
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *MEASURED, *loading(checkpoint)]
     job = run_job(tmp_path, argv, prepare=faults.configure_twice)
     assert_same_run(job, on_one_rank)
     # The recorder writes a line each time that alpha is set.

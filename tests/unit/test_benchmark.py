@@ -125,7 +125,8 @@ def test_a_case_is_measured_and_written(run: Run, tmp_path: Path) -> None:
 
 def test_every_placement_and_the_attentions_are_measured(run: Run, tmp_path: Path) -> None:
     laptop = cases.default_cases("cpu")
-    assert laptop == [*(f"laptop-{name}" for name in PLACEMENTS), "laptop-attention"]
+    others = ["laptop-layer-norms", "laptop-attention"]
+    assert laptop == [*(f"laptop-{name}" for name in PLACEMENTS), *others]
     assert run(",".join(laptop[1:])) == 0
     found = rows(tmp_path / "out")
     assert list(found) == laptop[1:]
