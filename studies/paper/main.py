@@ -12,12 +12,15 @@ from pathlib import Path
 
 from megatron_prores.errors import EXIT_INTERRUPTED, Parser, UserError
 from megatron_prores.plot import save_figure
+from studies.paper import cluster
 from studies.paper.pictures import side_by_side
 from studies.paper.report import write_report
 from studies.paper.results import FILE
 from studies.paper.runner import Interrupted, train
 from studies.paper.scales import EXHIBITS, SCALES, Run, runs_of
 from studies.text import make_text
+
+CLUSTER = "cluster"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: A flag is wrong, or a run failed.
     """
     args = _parse(argv)
+    if args.scale == CLUSTER:
+        if args.dry_run:
+            print("\n".join(cluster.show(args.exhibit)))
+        else:
+            cluster.submit(args.exhibit)
+        return
     scale = SCALES[args.scale]
     if args.iterations is not None:
         scale = replace(scale, iterations=args.iterations)
@@ -86,7 +95,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=tuple(EXHIBITS),
         help="figure or table; main: the main comparison; see: a first look",
     )
-    add("--scale", choices=tuple(SCALES), required=True)
+    sizes = "minutes, laptop: two CPU cores; gpu: one GPU; cluster: the paper's own, by Slurm"
+    add("--scale", choices=(*SCALES, CLUSTER), required=True, help=sizes)
     add("--output", type=Path, metavar="DIR", help="of the runs; default: runs/paper/SCALE")
     add("--report-dir", type=Path, metavar="DIR", help="of the report; default: beside the runs")
     add("--iterations", type=int, metavar="N", help="of each run, instead of the scale's: a try")

@@ -39,6 +39,7 @@ PAPER = """
     depth_study.sh-72        72   512  1368  8 2e-3 2e-3 1e-3   1000 512 100000 1
     depth_study.sh-96        96   512  1368  8 2e-3 2e-3 1e-3    500 512 100000 1
     depth_study.sh-120      120   512  1368  8 2e-3 2e-3 1e-3    500 512 100000 1
+    norm_placements.sh-1b    24  2048  5632 32 6e-4 3e-4 3e-4   1000 512 100000 1
     schedule_ablation.sh-linear 24 1024 2736 16 1e-3 5e-4 1e-3  1000  98  60000 1
 """
 # Table 6: the lengths of warmup that each schedule was run with, at three placements.

@@ -1,0 +1,89 @@
+"""The paper's own runs as Slurm job arrays."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_prores.errors import UserError
+from studies.paper import recipes
+
+_REPOSITORY = Path(__file__).parents[2]
+_NORMS = ("--log-layer-norms-interval", "1000")
+
+_ARRAYS = {
+    "norm_placements.sh": "c4",
+    "depth_study.sh": "depth",
+    "schedule_ablation.sh": "ablation",
+}
+"""Script of a study -> its name in recipes.jobs."""
+
+_SCRIPTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "table2": (("norm_placements.sh",),),
+    "table6": (("schedule_ablation.sh",),),
+    "figure1": (("depth_study.sh",),),
+    "figure2": (("depth_study.sh", "--log-spikes"),),
+    "figure3": tuple(("pretrain_1b.sh", "pre", arm, *_NORMS) for arm in ("plain", "prores")),
+    "figure4": tuple(("pretrain_1b.sh", "pre", arm) for arm in ("plain", "prores")),
+    "figure5": tuple(("pretrain_7b.sh", "pre", arm) for arm in ("plain", "prores")),
+}
+"""Figure or table -> examples, with their words."""
+
+
+def commands(exhibit: str) -> list[list[str]]:
+    """Build the commands of sbatch that train the runs of a figure or table.
+
+    Args:
+        exhibit: As "table2"; "main" is that, "all" is everything once.
+
+    Raises:
+        UserError: The paper's cluster has no such part.
+    """
+    if exhibit == "see":
+        raise UserError("see --scale cluster: a first look is of --scale minutes")
+    if exhibit == "all":
+        wanted = [_SCRIPTS[name] for name in ("table2", "table6", "figure2", "figure5")]
+        scripts = [script for each in wanted for script in each]
+    else:
+        scripts = list(_SCRIPTS["table2" if exhibit == "main" else exhibit])
+    found = []
+    for script, *words in scripts:
+        example = f"examples/{script}"
+        if script in _ARRAYS:
+            last = len(recipes.jobs(_ARRAYS[script])) - 1
+            found.append(
+                ["sbatch", f"--array=0-{last}", "examples/slurm/sweep.sbatch", example, *words]
+            )
+        else:
+            nodes = recipes.table()["sizes"][script.removeprefix("pretrain_")[:-3]].nodes
+            found.append(
+                ["sbatch", f"--nodes={nodes}", "examples/slurm/pretrain.sbatch", example, *words]
+            )
+    return found
+
+
+def show(exhibit: str) -> Iterator[str]:
+    """Write the commands of a figure or table, and the runs that each of them starts."""
+    for command in commands(exhibit):
+        yield shlex.join(command)
+        study = _ARRAYS.get(Path(command[3]).name)
+        for number, job in enumerate(recipes.jobs(study) if study else []):
+            yield f"  {number:>3}  {job.words}"
+
+
+def submit(exhibit: str) -> None:
+    """Hand the runs of a figure or table to Slurm.
+
+    Raises:
+        UserError: This machine has no sbatch, or it refused.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--scale cluster: no sbatch on this machine; --dry-run shows what it gets")
+    for command in commands(exhibit):
+        code = subprocess.run(command, cwd=_REPOSITORY, env=os.environ).returncode
+        if code:
+            raise UserError(f"{shlex.join(command)}: ended with code {code}")
