@@ -148,7 +148,7 @@ read_settings() {
   MASTER_PORT=${MASTER_PORT:-$(default_port)}
   NODE_WAIT_SECONDS=${NODE_WAIT_SECONDS:-600} # for all nodes to come
   # How long a rank waits for the others in one operation, a checkpoint for instance; and a launcher
-  # for a sign of life from another node's.
+  # for a heartbeat from another node's.
   DISTRIBUTED_TIMEOUT_MINUTES=${DISTRIBUTED_TIMEOUT_MINUTES:-10}
   SILENT_NODE_SECONDS=${SILENT_NODE_SECONDS:-600}
   DEVICE=${DEVICE:-cuda}

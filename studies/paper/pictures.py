@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ def losses(results: Results) -> Figure | None:
     figure, (axes,) = _figure(1, width=max(6.0, 1.3 * len(cases)))
     for at, (placement, layers) in enumerate(cases):
         for shift, arm in zip((-0.22, 0.0, 0.22), ARMS, strict=True):
-            values = results.losses(placement=placement, layers=layers, arm=arm)
-            values = [value for value in values if math.isfinite(value)]
+            found = results.losses(placement=placement, layers=layers, arm=arm)
+            values = [value for value in found.values() if math.isfinite(value)]
             if not values:
                 continue
             label = LABELS[arm] if at == 0 else None
@@ -67,12 +68,11 @@ def depth(results: Results) -> Figure | None:
     for axes, placement in zip(panels, ("post", "pre"), strict=True):
         for arm in ARMS:
             depths = sorted({r["layers"] for r in results.of(placement=placement, arm=arm)})
-            points = []
+            points: list[float] = []
             for layers in depths:
                 values = results.losses(placement=placement, layers=layers, arm=arm)
-                points.append(
-                    np.mean([value for value in values if math.isfinite(value)] or [np.nan])
-                )
+                finite = [value for value in values.values() if math.isfinite(value)]
+                points.append(statistics.fmean(finite) if finite else math.nan)
             if len(depths) > 1:
                 axes.plot(depths, points, "o-", color=COLORS[arm], label=LABELS[arm])
                 is_empty = False
@@ -152,7 +152,7 @@ def cosine(results: Results) -> Figure | None:
 
 
 def side_by_side(plain: Mapping[str, Any], ours: Mapping[str, Any]) -> Figure:
-    """Draw the losses and the gradient norms of two runs.
+    """Draw the losses of two runs, and by how much one lies below the other.
 
     Args:
         plain: Result of the run without ProRes.
@@ -161,15 +161,23 @@ def side_by_side(plain: Mapping[str, Any], ours: Mapping[str, Any]) -> Figure:
     figure, (left, right) = _figure(2)
     for result in (plain, ours):
         color, label = COLORS[result["arm"]], LABELS[result["arm"]]
-        for axes, name in ((left, "training loss"), (right, "gradient norm")):
-            steps, values = result["curves"][name]
-            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-            axes.plot(steps, ema(values, _WEIGHT), color=color, label=label)
+        steps, values = result["curves"]["training loss"]
+        left.plot(steps, ema(values, _WEIGHT), color=color, label=label)
         steps, values = result["curves"]["validation loss"]
-        left.plot(steps, values, "o", color=color, markersize=4, label=f"{label}, validation")
-    left.set(xlabel="iteration", ylabel="loss (nats per token)")
-    right.set(xlabel="iteration", ylabel="gradient norm", yscale="log")
+        left.plot(steps, values, "o", color=color, markersize=5, label=f"{label}, validation")
+    # Where the curves part: the first third of training is the same steep fall.
+    late = [v for r in (plain, ours) for v in r["curves"]["training loss"][1]]
+    late = late[len(late) // 6 : len(late) // 2] + late[-len(late) // 3 :]
+    left.set(xlabel="iteration", ylabel="loss (nats per token)", ylim=(min(late), max(late)))
     left.legend(frameon=False)
+    (steps, base), (_, values) = (r["curves"]["training loss"] for r in (plain, ours))
+    if len(base) == len(values):
+        difference = np.array(values) - np.array(base)
+        right.plot(steps, difference, color=COLORS[PRORES], linewidth=0.6, alpha=0.3)
+        right.plot(steps, ema(difference, _WEIGHT), color=COLORS[PRORES])
+    right.axhline(0.0, color="0.5", linewidth=0.8)
+    right.set(xlabel="iteration", ylabel="loss with ProRes minus loss without")
+    right.set_ylim(-0.2, 0.2)
     figure.suptitle(f"Post-LN, {plain['layers']} layers: plain Megatron, and with ProRes")
     return figure
 

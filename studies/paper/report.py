@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_prores.files import atomic_write
@@ -20,28 +20,41 @@ from studies.paper.scales import LONG, PLAIN, PRORES, Scale, flags, runs_of
 SHOWN, NOT_SHOWN, NO_VERDICT = "shown", "not shown", "no verdict"
 
 
-def verdict(plain: Sequence[float], ours: Sequence[float]) -> str:
-    """Judge whether a loss is better: by more than the seeds spread, in both arms.
+def gains(plain: Mapping[int, float], ours: Mapping[int, float]) -> list[float]:
+    """Return by how much a loss is lower, for each seed that both arms have.
+
+    The arms of a seed see the same data in the same order, in training and in evaluation: what
+    seeds differ by in that is not in their gains.
 
     Args:
-        plain: Loss per seed.
-        ours: Loss per seed, of the arm that should have the lower one.
+        plain: Seed -> loss.
+        ours: Seed -> loss of the arm that should have the lower one.
     """
-    if min(len(plain), len(ours)) < 2:
+    return [plain[seed] - ours[seed] for seed in plain if seed in ours]
+
+
+def verdict(gained: Sequence[float]) -> str:
+    """Judge whether a loss is better: by more than the gains of the seeds spread."""
+    if len(gained) < 2:
         return NO_VERDICT
-    spread = max(max(plain) - min(plain), max(ours) - min(ours))
-    if math.isnan(spread):  # all of one arm diverged
+    spread = max(gained) - min(gained)
+    if math.isnan(spread):  # infinite for every seed: one arm always diverged
         spread = 0.0
-    return SHOWN if statistics.mean(plain) - statistics.mean(ours) > spread else NOT_SHOWN
+    return SHOWN if statistics.mean(gained) > spread else NOT_SHOWN
 
 
-def show(values: Sequence[float]) -> str:
-    """Write the mean of the seeds and half the width of their range."""
+def show(values: Collection[float], sign: str = "") -> str:
+    """Write the mean over seeds and half the width of their range.
+
+    Args:
+        values: Of each seed.
+        sign: "+" for a difference.
+    """
     if not values:
         return ""
-    if any(math.isinf(value) for value in values):
+    if not all(map(math.isfinite, values)):
         return DIVERGED
-    mean = f"{statistics.mean(values):.4f}"
+    mean = f"{statistics.mean(values):{sign}.4f}"
     half = (max(values) - min(values)) / 2
     return f"{mean} ± {half:.4f}" if len(values) > 1 else mean
 
@@ -62,24 +75,24 @@ def losses_by_placement(results: Results) -> Iterator[str]:
     )
     rows = []
     for placement, layers in results.cases():
-        plain, rival, ours = (
+        arms = [
             results.losses(placement=placement, layers=layers, arm=arm)
             for arm in (PLAIN, LONG, PRORES)
-        )
+        ]
+        plain, rival, ours = arms
         if not plain or not ours:
             continue
         figures = recipes.table()["results"]["c4"].get(placement, {})
         paper = ", ".join(f"{size}: {a} → {b}" for size, (a, b) in figures.items())
-        gain = f"{statistics.mean(plain) - statistics.mean(ours):+.4f}"
-        over_rival = verdict(rival, ours) if rival else ""
-        seeds = str(min(len(plain), len(ours)))
+        over_plain, over_rival = gains(plain, ours), gains(rival, ours)
         rows.append(
             [
-                *(placement, str(layers), paper, show(plain), show(rival), show(ours), gain),
-                *(seeds, verdict(plain, ours), over_rival),
+                *(placement, str(layers), paper, *map(show, (a.values() for a in arms))),
+                *(show(over_plain, "+"), verdict(over_plain)),
+                *((show(over_rival, "+"), verdict(over_rival)) if rival else ("", "")),
             ]
         )
-    head = "placement|layers|the paper|plain|long|ProRes|gain|seeds|better than plain|than long"
+    head = "placement|layers|the paper|plain|long|ProRes|gain over plain||gain over long|"
     yield table(head.split("|"), rows)
     yield "![final losses](losses.png)"
 
@@ -140,9 +153,9 @@ def depth(results: Results) -> Iterator[str]:
                 for arm in (PLAIN, LONG, PRORES)
             ]
             if arms[0] and arms[2]:
-                gain = statistics.mean(arms[0]) - statistics.mean(arms[2])
-                seeds = min(len(arms[0]), len(arms[2]))
-                rows.append([placement, str(layers), *map(show, arms), f"{gain:+.4f}", str(seeds)])
+                gained = gains(arms[0], arms[2])
+                figures = map(show, (arm.values() for arm in arms))
+                rows.append([placement, str(layers), *figures, show(gained, "+"), str(len(gained))])
     yield table(("placement", "layers", "plain", "long", "ProRes", "gain", "seeds"), rows)
     yield "![loss against depth](depth.png)"
 
@@ -263,8 +276,9 @@ def _head(results: Results, scale: Scale) -> Iterator[str]:
         f"million tokens, {hours:.1f} hours of one core or GPU. Hidden size {scale.hidden}, "
         f"{scale.heads} heads, {scale.batch} x {scale.seq_length} tokens a step, "
         f"{scale.iterations} steps; text: the source code and documentation of Python, "
-        f"{scale.vocabulary} SentencePiece pieces. A difference that is smaller than the spread "
-        "of the seeds counts as none; one seed gives no verdict."
+        f"{scale.vocabulary} SentencePiece pieces. The arms of a seed see the same data, in "
+        "training and in evaluation. A gain counts as shown where its mean is larger than the "
+        "width of its range over the seeds; one seed gives no verdict."
     )
 
 

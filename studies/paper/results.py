@@ -127,10 +127,12 @@ class Results:
             wanted = {"schedule": "linear", "warmup": 0.01, **wanted}
         return [r for r in self.all if all(r[name] == value for name, value in wanted.items())]
 
-    def losses(self, **wanted: Any) -> list[float]:
-        """Return their validation losses, nats per token; infinite where a run diverged."""
-        losses = [result["validation_loss"] for result in self.of(**wanted)]
-        return [math.inf if loss is None else loss for loss in losses]
+    def losses(self, **wanted: Any) -> dict[int, float]:
+        """Return seed -> validation loss, nats per token; infinite where a run diverged."""
+        losses = {result["seed"]: result["validation_loss"] for result in self.of(**wanted)}
+        return {
+            seed: math.inf if (loss := losses[seed]) is None else loss for seed in sorted(losses)
+        }
 
     def cases(self) -> list[tuple[str, int]]:
         """Return placements and depths of the runs, those of the main comparison first."""
