@@ -19,6 +19,7 @@ from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.depth import total_depth
 from megatron_prores.errors import UserError
 from megatron_prores.flags import FLAGS
 from megatron_prores.schedule.custom import FILE, is_custom
@@ -169,9 +170,10 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
     if not starts_at_zero:
         _check_learning_rate(args, saved)
         _check_optimizer_layout(args, saved)
-    if args.prores_override_checkpoint or args.num_layers is None:
+    num_layers = total_depth(args)
+    if args.prores_override_checkpoint or num_layers is None:
         return
-    found = differences(saved.settings, prores.settings(args.num_layers))
+    found = differences(saved.settings, prores.settings(num_layers))
     told = [
         f"{FLAGS[name]} {_shown(there)} there, {_shown(here)} here"
         for name, (there, here) in found.items()

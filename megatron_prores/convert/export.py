@@ -30,6 +30,7 @@ from megatron_prores.convert import tokenizer as tokenizers
 from megatron_prores.convert.architecture import Architecture, architecture_of
 from megatron_prores.convert.stored_weights import Weight, weights_of
 from megatron_prores.data.staging import staging_directory
+from megatron_prores.depth import depths_of
 from megatron_prores.errors import Parser, UserError
 from megatron_prores.flags import FLAGS, config_of, told_in_flags
 
@@ -101,14 +102,15 @@ def _alphas(
     args: Namespace, iteration: int, warmup: Warmup, schedule: str | None, directory: Path
 ) -> tuple[float, ...]:
     """Return alpha of layer 1..L at the checkpoint's iteration."""
+    num_layers = depths_of(args)[-1]
     if getattr(args, "prores_schedule", OFF) == OFF:
-        return (1.0,) * int(args.num_layers)
+        return (1.0,) * num_layers
     if schedule is not None:
         with told_in_flags():
             ours = config_of(Namespace(**{**vars(args), "prores_schedule": schedule}))
-            wanted = ours.settings(args.num_layers)
+            wanted = ours.settings(num_layers)
             step = int(args.consumed_train_samples) if ours.unit == "samples" else iteration
-            alphas = tuple(ours.alphas(step, args.num_layers).tolist())
+            alphas = tuple(ours.alphas(step, num_layers).tolist())
         # What a file or a function computes is compared by the digest of its file, not by its name.
         if differ := differences(args.prores_settings, wanted):
             raise UserError(

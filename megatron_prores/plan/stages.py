@@ -22,8 +22,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import Depths, depths_of
 from megatron_prores.errors import StopRun, UserError
 from megatron_prores.plan.groups import as_rank
+from megatron_prores.training.model import set_layers
 from megatron_prores.upstream.registry import undone_afterwards, wrap
 from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, report_of
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
@@ -37,6 +39,8 @@ class Chunk:
     virtual_stage: int
     layers: tuple[int, ...]
     """The layers of the L that it holds, as they number themselves."""
+    numbers: tuple[int, ...]
+    """The layers that Megatron builds here, as it counts; in a GPT model they are the L."""
     embedding: bool
     output: bool
     prediction_layers: int
@@ -111,11 +115,12 @@ _ONE_RANK: dict[str, Any] = {
 """The layout of a model on one rank."""
 
 
-def local_config(config: Any) -> Any:
+def local_config(config: Any, prores: ProResConfig) -> Any:
     """Copy a model's configuration for a build without CUDA kernels.
 
     Args:
-        config: A ``GPTModelConfig``; stays as it is.
+        config: A ``GPTModelConfig`` or ``HybridModelConfig``; stays as it is.
+        prores: The run's ProRes configuration.
     """
     hooks = config.pre_wrap_hooks, config.post_wrap_hooks
     config.pre_wrap_hooks, config.post_wrap_hooks = [], []
@@ -125,6 +130,7 @@ def local_config(config: Any) -> Any:
         config.pre_wrap_hooks, config.post_wrap_hooks = hooks
     _set_existing(local, _LOCAL)
     _set_existing(local.transformer, _LOCAL)
+    set_layers(local, prores)
     return local
 
 
@@ -170,11 +176,13 @@ def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
         UserError: The model needs a kernel for its very shape, which is not on this machine.
     """
     built = _build_chunks(config)
+    depths = depths_of(config)
     chunks = tuple(
         Chunk(
             stage=stage,
             virtual_stage=virtual_stage,
-            layers=tuple(layer.layer_number for layer in chunk.decoder.layers),
+            layers=tuple(dict.fromkeys(depths[number - 1] for number in numbers)),
+            numbers=numbers,
             embedding=chunk.pre_process,
             output=chunk.post_process,
             prediction_layers=len(chunk.mtp.layers) if getattr(chunk, "mtp_process", False) else 0,
@@ -185,8 +193,9 @@ def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
             ),
         )
         for virtual_stage, chunk in enumerate(built)
+        for numbers in [tuple(layer.layer_number for layer in chunk.decoder.layers)]
     )
-    warmup = ResidualWarmup(prores, config.num_layers, built) if prores.enabled else None
+    warmup = ResidualWarmup(prores, depths[-1], built) if prores.enabled else None
     return Stage(chunks, warmup)
 
 
@@ -209,7 +218,7 @@ def count_whole_model(args: argparse.Namespace, config: Any) -> int:
 
 
 def audit_world(
-    pipelines: list[list[int]], stages: list[Stage], prores: ProResConfig, num_layers: int
+    pipelines: list[list[int]], stages: list[Stage], prores: ProResConfig, depths: Depths
 ) -> list[RankReport]:
     """Make the report of every rank of the world, and audit them as the start of a run does.
 
@@ -217,7 +226,7 @@ def audit_world(
         pipelines: The ranks of every pipeline, first stage first.
         stages: What a rank of each pipeline stage holds.
         prores: The run's ProRes configuration.
-        num_layers: L.
+        depths: l of every layer that Megatron builds.
 
     Returns:
         One report per rank at step 0, in the order of the ranks.
@@ -225,6 +234,7 @@ def audit_world(
     Raises:
         StopRun: The run's own audit would find a fault.
     """
+    num_layers = depths[-1]
     # At the start all alphas may be alike: a swapped layer shows where they differ.
     steps = [prores.total_warmup(num_layers) // 2, 0] if prores.enabled else [0]
     for step in steps:
@@ -232,13 +242,13 @@ def audit_world(
             if stage.warmup is not None:
                 stage.warmup.set_step(step)
         reports = [
-            _report(stages[stage], step, rank, stage, pipeline)
+            _report(stages[stage], depths, step, rank, stage, pipeline)
             for pipeline in pipelines
             for stage, rank in enumerate(pipeline)
         ]
         reports.sort(key=lambda report: report.rank)
         alphas = prores.alphas(step, num_layers).tolist() if prores.enabled else [1.0] * num_layers
-        if faults := find_faults(reports, alphas):
+        if faults := find_faults(reports, alphas, depths):
             raise StopRun(
                 f"the run would be stopped by its audit, with {len(faults)} faults: "
                 + "; ".join(faults[:5])
@@ -246,12 +256,14 @@ def audit_world(
     return reports
 
 
-def _report(held: Stage, step: int, rank: int, stage: int, pipeline: list[int]) -> RankReport:
+def _report(
+    held: Stage, depths: Depths, step: int, rank: int, stage: int, pipeline: list[int]
+) -> RankReport:
     if held.warmup is not None:
         return report_of(held.warmup, step, rank, pipeline)
     layers = tuple(
-        HeldLayer(layer, 1.0, rank, stage, chunk.virtual_stage, pipeline[0])
+        HeldLayer(depths[number - 1], number, 1.0, rank, stage, chunk.virtual_stage, pipeline[0])
         for chunk in held.chunks
-        for layer in chunk.layers
+        for number in chunk.numbers
     )
     return RankReport(rank, pipeline[0], "without ProRes", layers)

@@ -1,0 +1,84 @@
+"""The stack spec of a hybrid model: Megatron's own, or one of its local modules.
+
+Megatron has one such spec, of Transformer Engine's modules. The local one is its layer spec of a
+GPT model, cut in two: the same modules under the same names in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_prores.model.hybrid_stack import ProResHybridStack
+from megatron_prores.model.norm import sequence_parallel_norm
+from megatron_prores.model.specs import has_torch_norms, with_local_parts
+
+LOCAL_KINDS = "*-E"
+"""Kinds of layers that there are local modules for."""
+
+_NO_ATTENTION = {
+    "input_layernorm": IdentityOp,
+    "self_attention": IdentityOp,
+    "self_attn_bda": IdentityFuncOp,
+}
+_NO_MLP = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+
+
+def stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of a hybrid model's stack, without ProRes.
+
+    Args:
+        config: Of the model; ``transformer_impl`` says of which modules.
+    """
+    return _local_stack(config) if config.transformer_impl == "local" else hybrid_stack_spec
+
+
+def _local_stack(config: TransformerConfig) -> ModuleSpec:
+    dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
+    backend = LocalSpecProvider()
+    if config.sequence_parallel and has_torch_norms(config):
+        final_norm = sequence_parallel_norm
+    else:
+        final_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    prediction = get_mtp_layer_spec_for_backend(mtp_model_layer_spec=None, backend=backend)
+    return ModuleSpec(
+        module=ProResHybridStack,
+        params={"final_norm": final_norm},
+        submodules=HybridStackSubmodules(
+            attention_layer=_part_of(dense, TransformerLayer, _NO_MLP),
+            mlp_layer=_part_of(dense, MLPLayer, _NO_ATTENTION),
+            moe_layer=_part_of(moe, TransformerLayer, _NO_ATTENTION),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock,
+                submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction]),
+            ),
+        ),
+    )
+
+
+def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=num_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        normalization=config.normalization,
+    )
+    return with_local_parts(layer, config)
+
+
+def _part_of(layer: ModuleSpec, module: type, without: dict[str, object]) -> ModuleSpec:
+    """Return a layer of one branch."""
+    return ModuleSpec(module=module, submodules=dataclasses.replace(layer.submodules, **without))
