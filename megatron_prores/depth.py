@@ -38,7 +38,7 @@ def pattern_depths(pattern: str) -> Depths:
     Raises:
         ArgumentError: The pattern has no layer, or one of an unknown kind.
     """
-    layers = pattern.partition("/")[0].replace("|", "")
+    layers = main_layers(pattern)
     unknown = [layer for layer in layers if layer not in _MIXING + _FEED_FORWARD]
     if unknown or not layers:
         problem = f"{unknown[0]!r} is no kind of layer" if unknown else "it has no layer"
@@ -51,6 +51,16 @@ def pattern_depths(pattern: str) -> Depths:
         return plain_depths(len(layers))
     depths = [depth for depth, block in enumerate(blocks, start=1) for _ in block]
     return (*depths, *[len(blocks)] * (len(layers) - len(depths)))
+
+
+def main_layers(pattern: str) -> str:
+    """Return the layers of a pattern without its cuts and its prediction layers."""
+    return pattern.partition("/")[0].replace("|", "")
+
+
+def is_gpt_pattern(pattern: str) -> bool:
+    """Return whether a hybrid model is a GPT model: attention and MLP in turn, or experts."""
+    return re.fullmatch(r"(\*-)+|(\*E)+", main_layers(pattern)) is not None
 
 
 def plain_depths(num_layers: int) -> Depths:

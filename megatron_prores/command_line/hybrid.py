@@ -11,7 +11,6 @@ from megatron_prores.errors import UserError
 
 FLAG = "--hybrid-layer-pattern"
 
-_LOCAL_KINDS = "*-E"
 _LATENT_KINDS = "+D"
 _NAMES = {
     "M": "Mamba",
@@ -29,7 +28,7 @@ NOT_WITH_HYBRID: tuple[Rule, ...] = (
     ("--spec", lambda a: a.spec is not None, "the stack's spec is built from Megatron's own flags"),
     (
         "--multi-latent-attention",
-        lambda a: a.multi_latent_attention and not set(_LATENT_KINDS) & set(_main(a)),
+        lambda a: a.multi_latent_attention and not set(_LATENT_KINDS) & set(a.hybrid_layer_pattern),
         "its layers are + in the pattern",
     ),
     (
@@ -80,11 +79,6 @@ NOT_WITH_HYBRID: tuple[Rule, ...] = (
 )
 
 
-def _main(args: Any) -> str:
-    """Return the layers of the pattern without its cuts and prediction layers."""
-    return str(args.hybrid_layer_pattern).partition("/")[0].replace("|", "")
-
-
 def check_pattern(args: Any, prores: ProResConfig) -> None:
     """Refuse a pattern whose layers cannot be built, or cannot be ProRes's.
 
@@ -97,7 +91,7 @@ def check_pattern(args: Any, prores: ProResConfig) -> None:
     """
     depths = depths_of(args)
     main, _, prediction = args.hybrid_layer_pattern.partition("/")
-    pattern, kinds = f"{FLAG} {args.hybrid_layer_pattern}", set(_main(args)) | set(prediction)
+    pattern, kinds = f"{FLAG} {args.hybrid_layer_pattern}", set(main) | set(prediction)
     if args.num_layers not in (None, len(depths)):
         raise UserError(
             f"--num-layers {args.num_layers} cannot be used with {pattern}, which has "
@@ -116,7 +110,7 @@ def check_pattern(args: Any, prores: ProResConfig) -> None:
             f"{pattern} cannot be used with --norm-placement {prores.norm_placement}: Megatron's "
             "prediction layers have their norms before the branches"
         )
-    if prores.initialization == "deepnorm" and (others := sorted(set(_main(args)) & set(_NAMES))):
+    if prores.initialization == "deepnorm" and (others := sorted(set(main) & set(_NAMES))):
         raise UserError(
             f"{pattern} cannot be used with --branch-init deepnorm: DeepNorm's gains are not "
             f"defined for {others[0]} ({_NAMES[others[0]]}); give --branch-init normal"

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from megatron_prores.depth import Depths, pattern_depths
+from megatron_prores.depth import Depths, main_layers, pattern_depths
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import ProResHybridStack
 from megatron_prores.model.layer import (
@@ -107,7 +107,7 @@ def _prores_stack(stack: ModuleSpec, norm_placement: str, pattern: str | None) -
         )
     depths = pattern_depths(pattern)
     stock: HybridStackSubmodules = stack.submodules
-    slots = {_LAYERS_OF_SYMBOLS[symbol] for symbol in pattern.partition("/")[0].replace("|", "")}
+    slots = {_LAYERS_OF_SYMBOLS[symbol] for symbol in main_layers(pattern)}
     layers = {slot: _prores_layer(getattr(stock, slot), norm_placement, depths) for slot in slots}
     return dataclasses.replace(
         stack,

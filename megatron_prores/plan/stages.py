@@ -23,10 +23,10 @@ from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
 from megatron_prores.config import ProResConfig
 from megatron_prores.depth import Depths, depths_of
-from megatron_prores.errors import StopRun, UserError
+from megatron_prores.errors import ArgumentError, StopRun, UserError
 from megatron_prores.plan.groups import as_rank
 from megatron_prores.training.model import set_layers
-from megatron_prores.upstream.registry import undone_afterwards, wrap
+from megatron_prores.upstream.registry import replace, undone_afterwards, wrap
 from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, report_of
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
@@ -115,6 +115,12 @@ _ONE_RANK: dict[str, Any] = {
 """The layout of a model on one rank."""
 
 
+_CANNOT_BUILD = (
+    "these flags are right, but the planner cannot build their model: it has parts that exist only "
+    "in Transformer Engine"
+)
+
+
 def local_config(config: Any, prores: ProResConfig) -> Any:
     """Copy a model's configuration for a build without CUDA kernels.
 
@@ -130,7 +136,10 @@ def local_config(config: Any, prores: ProResConfig) -> Any:
         config.pre_wrap_hooks, config.post_wrap_hooks = hooks
     _set_existing(local, _LOCAL)
     _set_existing(local.transformer, _LOCAL)
-    set_layers(local, prores)
+    try:
+        set_layers(local, prores)
+    except ArgumentError as error:
+        raise UserError(f"{_CANNOT_BUILD} ({error})") from error
     return local
 
 
@@ -155,13 +164,23 @@ def _build_chunks(config: Any) -> list[Any]:
                 # The local spec has no core attention of such widths. It has no weights.
                 identity = lambda stock, named: torch.nn.Identity  # noqa: E731
                 wrap(LocalSpecProvider, "core_attention", (), identity, _build_chunks)
+            _build_without_kernels()
             stages = transformer.virtual_pipeline_model_parallel_size
             return list(build_virtual_pipeline_stages(builder.build_model, groups, stages))
     except (AssertionError, ImportError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            "these flags are right, but the planner cannot build their model: it has parts that "
-            f"exist only in Transformer Engine ({str(error) or type(error).__name__})"
-        ) from error
+        raise UserError(f"{_CANNOT_BUILD} ({str(error) or type(error).__name__})") from error
+
+
+def _build_without_kernels() -> None:
+    """Let Megatron build mixing layers whose CUDA kernels are packages that are not here."""
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm.gated_delta_net import common as gated_delta_net
+
+    def norm(size: int, eps: float, **kernel: Any) -> torch.nn.Module:
+        return torch.nn.RMSNorm(size, eps=eps)
+
+    replace(mamba_mixer, _build_chunks, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=norm)
+    replace(gated_delta_net, _build_chunks, HAVE_FLA=True)
 
 
 def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:

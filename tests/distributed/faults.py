@@ -26,6 +26,13 @@ def number_layers_by_stage_unaudited() -> None:
     training.audit = lambda warmup, step: ""
 
 
+def count_every_layer_of_the_pattern() -> None:
+    """A hybrid model's layers are taken for the L, as their numbers suggest."""
+    from megatron_prores.model.layer import ProResLayerMixin
+
+    ProResLayerMixin.prores_layer = property(lambda layer: layer.layer_number)
+
+
 def start_rank_1_with_another_schedule() -> None:
     """One rank was started with other flags than the rest."""
     if os.environ["RANK"] == "1":

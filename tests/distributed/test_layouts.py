@@ -52,7 +52,7 @@ MOE = """
 MTP = ["--mtp-num-layers", "1"]
 
 
-def assert_same_run(job: Job, reference: Job) -> None:
+def assert_same_curves(job: Job, reference: Job) -> None:
     assert job.succeeded, job.output[-3000:]
     for tag in ("lm loss", "grad-norm", "lm loss validation"):
         values = job.scalars(tag)
@@ -60,6 +60,10 @@ def assert_same_run(job: Job, reference: Job) -> None:
         assert values == pytest.approx(reference.scalars(tag), rel=TOLERANCE), tag
     assert len(job.scalars("lm loss")) == LAST - SAVED_AT
     assert job.alphas_by_step() == reference.alphas_by_step()
+
+
+def assert_same_run(job: Job, reference: Job) -> None:
+    assert_same_curves(job, reference)
     assert job.layer_norms() == pytest.approx(reference.layer_norms(), rel=NORM_TOLERANCE)
 
 
@@ -106,6 +110,10 @@ def test_experts_on_two_ranks_give_the_run_of_one(text: Text, tmp_path: Path) ->
     # Megatron's other dispatcher needs nothing of gloo while each rank has all experts.
     alltoall = [*load, "--moe-token-dispatcher-type", "alltoall"]
     assert_same_run(run_job(tmp_path / "alltoall", alltoall), one)
+    at, measured = load.index("--num-layers"), load.index(MEASURED[0])
+    hybrid = [*load[:at], *load[at + 2 : measured], *load[measured + 2 :]]
+    hybrid += ["--hybrid-layer-pattern", "*E*E*E*E"]
+    assert_same_curves(run_job(tmp_path / "hybrid", hybrid), one)
 
 
 def test_prediction_layers_are_no_part_of_the_warmup(text: Text, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ VARIABLES = {
         WANDB_PROJECT WANDB_NAME WANDB_MODE PYTHON LEARNING_RATE
     """.split()},
     "RUN_DIR": "/the-run-dir", "DEVICE": "cuda", "PRECISION": "fp8", "DATA": "files",
+    "MODEL_KIND": "gpt",
     "NODE_RANK": "5001",
 }  # fmt: skip
 
