@@ -1,7 +1,7 @@
 """Which of Megatron's models a run builds, and ProRes in it: decided here, and nowhere else.
 
-Megatron 0.19 calls ``GPTModel`` deprecated in favour of ``HybridModel``; docs/hybrid.md says what is
-left to do on the day that the first one is gone.
+Megatron 0.19 calls ``GPTModel`` deprecated in favour of ``HybridModel``; docs/hybrid.md says what
+is left to do on the day that the first one is gone.
 """
 
 from __future__ import annotations

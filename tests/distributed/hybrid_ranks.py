@@ -26,7 +26,11 @@ def initial_weights(norm_placement: str, branch_init: str, hybrid: bool) -> dict
     layers.initialize()
     prores = ProResConfig(norm_placement=norm_placement, branch_init=branch_init)
     prores = replace(prores, truncated_init=branch_init == "scaled")
-    common = {"vocab_size": 128, "share_embeddings_and_output_weights": False}
+    common: dict[str, Any] = {
+        "vocab_size": 128,
+        "share_embeddings_and_output_weights": False,
+        "position_embedding_type": "rope",
+    }
     model: Any
     if hybrid:
         transformer = layers.transformer_config(num_layers=2 * BLOCKS, is_hybrid_model=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prores.convert.export import export, open_checkpoint
 from tests.distributed import faults
-from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading
+from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
 from tests.distributed.hybrid_ranks import check_initial_weights_are_the_gpt_models
 from tests.distributed.launch import Check, Job, check_name, run_checks, run_job
 from tests.distributed.test_layouts import PP2, assert_same_curves
@@ -46,6 +47,36 @@ def test_a_gpt_run_goes_on_as_hybrid(
     assert "4 GPT layers feed 4 attention and 4 MLP positions" in job.output
 
 
+@pytest.fixture(scope="module")
+def saved(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a hybrid model; GPT's, from the same seed, has the same weights."""
+    root = tmp_path_factory.mktemp("hybrid")
+    argv = [*as_hybrid(MODEL, "*-*-*-*-"), *text.flags, *WARMUP, *OPTIMIZER]
+    job = run_job(root / "job", [*argv, *saving(root / "saved")])
+    assert job.succeeded, job.output[-3000:]
+    return root / "saved"
+
+
+def test_a_hybrid_run_goes_on_with_other_cuts_and_not_as_gpt(
+    text: Text, saved: Path, on_one_rank: Job, tmp_path: Path
+) -> None:
+    argv = [*MODEL, *text.flags, *WARMUP, *OPTIMIZER, *loading(saved)]
+    cut = [*as_hybrid(argv, "*|-*-|*-*|-"), *PP2.split()]
+    assert_same_curves(run_job(tmp_path / "cut", cut, ranks=2), on_one_rank)
+    job = run_job(tmp_path / "gpt", argv)
+    assert job.exit_codes == [2]
+    assert "holds a hybrid model: give --hybrid-layer-pattern *-*-*-*-" in job.output
+
+
+def test_the_exports_of_both_are_the_same_bytes(
+    saved: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    for name, root in (("gpt", checkpoint), ("hybrid", saved)):
+        export(open_checkpoint(root), tmp_path / name, "fp32", "none")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "gpt" / file).read_bytes() == (tmp_path / "hybrid" / file).read_bytes()
+
+
 INITS: list[Check] = [
     (check_initial_weights_are_the_gpt_models, words)
     for words in (
@@ -65,26 +96,27 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_checks(tmp_path_factory.mktemp("checks"), INITS)
 
 
-@pytest.mark.parametrize("name", map(check_name, INITS))
+@pytest.mark.parametrize("name", [*map(check_name, INITS)])
 def test_initial_weights_are_the_gpt_models(name: str, failures: dict[str, str]) -> None:
     assert name not in failures, failures[name]
 
 
 # Experts in one block of three, a stage that ends within a block, a prediction layer.
 MIXED = "*E*|-*-/*-"
-MIXED_FLAGS = f"""
-    {PP2} --num-experts 2 --moe-router-topk 1 --moe-ffn-hidden-size 64
-    --moe-token-dispatcher-type allgather --train-iters 2
-""".split()
+MIXED_FLAGS = (
+    f"{PP2} --num-experts 2 --moe-router-topk 1 --moe-ffn-hidden-size 64 "
+    "--moe-token-dispatcher-type allgather --train-iters 2"
+)
 
 
 def test_l_of_a_mixed_pattern_and_a_planted_miscount(text: Text, tmp_path: Path) -> None:
-    argv = [*as_hybrid(MODEL, MIXED), *text.flags, *WARMUP, *MIXED_FLAGS]
+    argv = [*as_hybrid(MODEL, MIXED), *text.flags, *WARMUP, *MIXED_FLAGS.split()]
     job = run_job(tmp_path / "right", argv, ranks=2)
     assert job.succeeded, job.output[-3000:]
     assert {*map(tuple, job.alphas_by_step().values())} == {(1, 2, 3)}
     lines = [line.split()[2:] for line in job.output.splitlines() if "> ProRes:" in line]
-    assert ["2", "0", "0", "32"] in lines and ["2", "1", "0", "32"] in lines
+    assert ["2", "0", "0", "32"] in lines
+    assert ["2", "1", "0", "32"] in lines
     fault = faults.count_every_layer_of_the_pattern
     job = run_job(tmp_path / "wrong", argv, ranks=2, prepare=fault)
     assert job.exit_codes == [1, 1]

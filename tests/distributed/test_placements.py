@@ -10,7 +10,8 @@ import torch
 from megatron_prores.placement import PLACEMENTS
 from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
 from tests.distributed.launch import Check, Job, check_name, run_checks, run_job
-from tests.distributed.test_layouts import LAYOUTS, assert_same_run
+from tests.distributed.test_hybrid import as_hybrid
+from tests.distributed.test_layouts import LAYOUTS, assert_same_curves, assert_same_run
 
 SHOWN_LAYOUTS = (
     "TP2 with sequence parallelism",
@@ -42,6 +43,26 @@ def test_same_run_on_every_layout(
     flags, one_rank = placement_run
     ranks, more = LAYOUTS[layout]
     assert_same_run(run_job(tmp_path, [*flags, *more.split()], ranks), one_rank)
+
+
+HYBRID = {
+    "sandwich": ("*-*-*-*-", "TP2 with sequence parallelism"),
+    "post": ("*|-*-|*-*|-", "PP2 with 2 virtual stages"),
+    "deepnorm": ("*-*|-*-*-", "PP2"),
+    "lns": ("*-*-*-*-", "DP2 with the distributed optimizer"),
+}
+"""Norm placement -> the pattern and layout on which its run goes on as a hybrid model."""
+
+
+def test_the_same_run_as_a_hybrid_model(
+    placement_run: tuple[list[str], Job], tmp_path: Path
+) -> None:
+    flags, one_rank = placement_run
+    pattern, layout = HYBRID[flags[flags.index("--norm-placement") + 1]]
+    ranks, more = LAYOUTS[layout]
+    more = more.partition(" --num-layers-per-virtual")[0]  # the cuts of the pattern say it
+    argv = [*as_hybrid(flags, pattern), *more.split()]
+    assert_same_curves(run_job(tmp_path, argv, ranks), one_rank)
 
 
 def test_placements_are_different_models(

@@ -373,8 +373,12 @@ def test_one_variable_makes_a_hybrid_model_of_a_run() -> None:
     _, flags = dry_run("pretrain_71m.sh", MODEL_KIND="hybrid", PP="2", VPP="3", LAYERS="12")
     text = " ".join(flags) + " "
     assert "--hybrid-layer-pattern *-*-|*-*-|*-*-|*-*-|*-*-|*-*- --hidden-size" in text
-    assert "--num-layers" not in text and "virtual" not in text
+    assert "--num-layers" not in text
+    assert "virtual" not in text
     assert "--dist-ckpt-optim-fully-reshardable " in text
+    # The command of docs/hybrid.md.
+    _, flags = dry_run("pretrain_130m.sh", MODEL_KIND="hybrid", PP="2")
+    assert flags[flags.index("--hybrid-layer-pattern") + 1] == f"{'*-' * 6}|{'*-' * 6}"
     _, flags = dry_run("pretrain_71m.sh", MODEL_KIND="hybrid")
     assert flags[flags.index("--hybrid-layer-pattern") + 1] == "*-" * 12
 

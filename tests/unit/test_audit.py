@@ -89,8 +89,9 @@ def hybrid(**fields: int) -> list[RankReport]:
     result = []
     for report in reports():
         layers = [
-            replace(held, layer=(l := PATTERN[held.number - 1]), alpha=ALPHAS[l - 1])
+            replace(held, layer=depth, alpha=ALPHAS[depth - 1])
             for held in report.layers
+            for depth in [PATTERN[held.number - 1]]
         ]
         if report.rank == 2:
             layers[0] = replace(layers[0], **fields)

@@ -54,13 +54,15 @@ def test_any_pattern() -> None:
         layers = "".join(draw.choices(MIXING + FEED_FORWARD, k=draw.randint(1, 20)))
         depths = pattern_depths(layers)
         # One l for each layer, from 1 to L without a gap.
-        assert len(depths) == len(layers) and depths[0] == 1
+        assert len(depths) == len(layers)
+        assert depths[0] == 1
         assert all(after - before in (0, 1) for before, after in pairwise(depths))
         pairs = sum(a in MIXING and b in FEED_FORWARD for a, b in pairwise(layers))
         assert depths[-1] == (pairs or len(layers))
         # A block begins at a mixing layer behind a feed-forward layer, and nowhere else.
-        for (before, after), (l, r) in zip(pairwise(depths), pairwise(layers), strict=True):
-            assert not pairs or after == before or (l in FEED_FORWARD and r in MIXING)
+        for (before, after), pair in zip(pairwise(depths), pairwise(layers), strict=True):
+            begins = pair[0] in FEED_FORWARD and pair[1] in MIXING
+            assert not pairs or after == before or begins
         # Neither cuts of the pipeline nor prediction layers change it.
         cut = "".join(draw.choice(("", "|")) + layer for layer in layers)
         assert pattern_depths(f"{cut}/*-") == depths
@@ -74,8 +76,13 @@ def test_a_pattern_that_is_none(pattern: str) -> None:
 
 def test_l_of_a_model_is_not_the_length_of_its_pattern() -> None:
     hybrid = Namespace(num_layers=8, hybrid_layer_pattern="*-|*-|*-|*-")
-    assert total_depth(hybrid) == 4 and depths_of(hybrid) == (1, 1, 2, 2, 3, 3, 4, 4)
+    assert total_depth(hybrid) == 4
+    assert depths_of(hybrid) == (1, 1, 2, 2, 3, 3, 4, 4)
     # Before Megatron has validated them, and in a checkpoint that is older than the flag.
     assert total_depth(Namespace(num_layers=None, hybrid_layer_pattern="*-")) == 1
-    assert total_depth(Namespace(num_layers=3)) == 3 and depths_of(Namespace(num_layers=2)) == (1, 2)
+    assert total_depth(Namespace(num_layers=3)) == 3
+    assert depths_of(Namespace(num_layers=2)) == (
+        1,
+        2,
+    )
     assert total_depth(Namespace(num_layers=None, hybrid_layer_pattern=None)) is None
