@@ -5,23 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from megatron.core.utils import unwrap_model
 
 from megatron_prores.depth import Depths, pattern_depths
 
 
-def hybrid_depths(chunk: nn.Module) -> Depths | None:
+def hybrid_depths(chunk: Any) -> Depths | None:
     """Return l of every layer of the whole model that a chunk is of; None unless it is hybrid.
 
     Args:
         chunk: A model chunk, wrapped or not.
     """
-    models = (module for module in chunk.modules() if isinstance(module, HybridModel))
-    model = next(models, None)
-    return None if model is None else pattern_depths(model.hybrid_layer_pattern)
+    pattern = getattr(unwrap_model(chunk), "hybrid_layer_pattern", None)
+    return None if pattern is None else pattern_depths(pattern)
 
 
 class ProResHybridStack(HybridStack):

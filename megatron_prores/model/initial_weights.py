@@ -99,8 +99,9 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
         ArgumentError: The model has a branch that this is not defined for.
     """
     for chunk in chunks:
-        depths = hybrid_depths(chunk) or plain_depths(chunk.config.num_layers)
+        hybrid = hybrid_depths(chunk)
         for layer in chunk.decoder.layers:
+            depths = hybrid or plain_depths(layer.config.num_layers)
             depth = depths[layer.layer_number - 1]
             if PLACEMENTS[prores.norm_placement].scaled_norms:
                 # Megatron's zero-centered norms multiply by 1 + weight.
