@@ -306,7 +306,7 @@ def table(scores: dict[str, dict[str, float]], source: Source) -> str:
 
 def _beside(name: str, source: Source) -> str:
     """Write the paper's score of the same method; nothing where it has none."""
-    method = getattr(source.args, "branch_init", None)
+    method = str(getattr(source.args, "branch_init", None))
     if method not in ("scaled", "ds"):  # pre-norm with other initial weights
         method = getattr(source.args, "norm_placement", "pre")
     pair = PAPER.get(name, {}).get(method)

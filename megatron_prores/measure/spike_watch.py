@@ -109,7 +109,7 @@ class StepSkipper:
     def is_too_large(self, norm: float) -> bool:
         """Whether the step of this gradient norm is to be left out."""
         before = self.curve.before
-        return len(before) >= FEWEST and norm > before.mean() + self.sigmas * before.std()
+        return len(before) >= FEWEST and norm > float(before.mean() + self.sigmas * before.std())
 
     def after_step(self, step: StepFigures) -> None:
         """Take the gradient norm of a step among those that the next is judged by."""
