@@ -1,6 +1,6 @@
 """What Megatron imports and reads at every start, kept to what the run uses.
 
-Of a start on the CPU device the imports take most; see docs/benchmarks/start-up.md.
+Of a start on the CPU device the imports take most.
 """
 
 from __future__ import annotations
@@ -15,25 +15,11 @@ from typing import Any
 from megatron_prores.upstream.registry import wrap
 
 
-class _OnDemand(ModuleType):
-    """A package that is imported when something of it is asked for.
-
-    Unlike that of importlib's LazyLoader it has a file before: who goes through all modules, as
-    ``inspect.getsource`` does, does not import it.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        spec = self.__spec__
-        assert spec is not None
-        assert spec.loader is not None
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        self.__path__ = spec.submodule_search_locations  # type: ignore[assignment]
-        spec.loader.exec_module(self)
-        return getattr(self, name)
-
-
 def import_on_demand(package: str) -> None:
     """Let ``import package`` import nothing until something of the package is asked for.
+
+    The module has its file before. With importlib's LazyLoader, which asks for that as well,
+    ``inspect.getsource`` of anything would import it: it goes through all modules.
 
     Args:
         package: A top-level one that nothing has imported yet; else, and where it is not
@@ -41,8 +27,18 @@ def import_on_demand(package: str) -> None:
     """
     if package in sys.modules or (spec := importlib.util.find_spec(package)) is None:
         return
-    module = _OnDemand(package)
+    module: Any = ModuleType(package)
     module.__spec__, module.__file__ = spec, spec.origin
+
+    def load(name: str) -> Any:
+        # The module's own __getattr__: asked for what the module does not have.
+        del module.__getattr__
+        module.__path__ = spec.submodule_search_locations
+        assert spec.loader is not None
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    module.__getattr__ = load
     sys.modules[package] = module
 
 
