@@ -85,5 +85,5 @@ def total_depth(args: Any) -> int | None:
     ``num_layers`` is the length of the pattern.
     """
     if getattr(args, "hybrid_layer_pattern", None) is None:
-        return args.num_layers  # type: ignore[no-any-return]
+        return args.num_layers
     return depths_of(args)[-1]

@@ -135,9 +135,9 @@ def _parameters(
         found: list[tuple[Entry, str, nn.Parameter, TransformerConfig]] = []
         for entry in MODEL_ENTRIES:
             # A stage in the middle has neither; a tied head is no parameter of its own.
-            for name in entry.megatron:
-                if name in named:
-                    found.append((entry, "", named.pop(name), chunk.config))
+            for known in entry.megatron:
+                if known in named:
+                    found.append((entry, "", named.pop(known), chunk.config))
         depths = hybrid_depths(chunk)
         for index, layer in enumerate(chunk.decoder.layers):
             number = layer.layer_number

@@ -8,6 +8,7 @@ net are in it for the planner, which builds layers without running them.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -40,17 +41,21 @@ _NO_ATTENTION = {
 _NO_MLP = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
 
 
-def stack_spec(config: TransformerConfig) -> ModuleSpec:
+def stack_spec(config: TransformerConfig, document_masks: bool = False) -> ModuleSpec:
     """Return the spec of a hybrid model's stack, without ProRes.
 
     Args:
         config: Of the model; ``transformer_impl`` says of which modules.
+        document_masks: Whether attention masks keep documents apart.
     """
-    return _local_stack(config) if config.transformer_impl == "local" else hybrid_stack_spec
+    if config.transformer_impl == "local":
+        return _local_stack(config, document_masks)
+    return hybrid_stack_spec
 
 
-def _local_stack(config: TransformerConfig) -> ModuleSpec:
-    dense, moe = _local_layer(config, None), _local_layer(config, config.num_moe_experts)
+def _local_stack(config: TransformerConfig, document_masks: bool) -> ModuleSpec:
+    layer = partial(_local_layer, config, document_masks)
+    dense, moe, latent = layer(), layer(config.num_moe_experts), layer(latent=True)
     backend = LocalSpecProvider()
     if config.sequence_parallel and has_torch_norms(config):
         final_norm = sequence_parallel_norm
@@ -79,7 +84,7 @@ def _local_stack(config: TransformerConfig) -> ModuleSpec:
                 ),
             ),
             gdn_layer=_part_of(attention, TransformerLayer, gated),
-            mla_layer=_part_of(_local_layer(config, None, True), TransformerLayer, _NO_MLP),
+            mla_layer=_part_of(latent, TransformerLayer, _NO_MLP),
             attention_layer=attention,
             mlp_layer=_part_of(dense, MLPLayer, _NO_ATTENTION),
             moe_layer=_part_of(moe, TransformerLayer, _NO_ATTENTION),
@@ -92,15 +97,19 @@ def _local_stack(config: TransformerConfig) -> ModuleSpec:
 
 
 def _local_layer(
-    config: TransformerConfig, num_experts: int | None, latent: bool = False
+    config: TransformerConfig,
+    document_masks: bool,
+    num_experts: int | None = None,
+    latent: bool = False,
 ) -> ModuleSpec:
+    """Return the layer of a GPT model, of Megatron's local spec."""
     layer = get_gpt_layer_local_spec(
         num_experts=num_experts,
         multi_latent_attention=latent,
         moe_grouped_gemm=config.moe_grouped_gemm,
         normalization=config.normalization,
     )
-    return with_local_parts(layer, config)
+    return with_local_parts(layer, config, document_masks)
 
 
 def _part_of(layer: ModuleSpec, module: type, parts: dict[str, object]) -> ModuleSpec:

@@ -181,7 +181,7 @@ def _norm_of(
         return backend.layer_norm()
     if norm is None:
         raise ArgumentError(Argument("spec"), ": a layer without any norm, to add norms like it")
-    return norm  # type: ignore[no-any-return]
+    return norm
 
 
 def _without_input_norm(

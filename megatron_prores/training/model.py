@@ -28,17 +28,20 @@ def stock_config(args: argparse.Namespace) -> MegatronModelConfig:
         args: Validated by Megatron.
     """
     if args.hybrid_layer_pattern is not None:
-        return hybrid_config_from_args(args)  # type: ignore[no-any-return]
-    return gpt_config_from_args(args)  # type: ignore[no-any-return]
+        return hybrid_config_from_args(args)
+    return gpt_config_from_args(args)
 
 
-def set_layers(config: MegatronModelConfig, prores: ProResConfig) -> None:
+def set_layers(
+    config: MegatronModelConfig, prores: ProResConfig, document_masks: bool = False
+) -> None:
     """Put the layers that ProRes needs into a configuration, in place.
 
     Args:
         config: Of :func:`stock_config`.
         prores: With the schedule ``none`` and Megatron's own norm placement no class of ours gets
             into the model, but for what Megatron lacks of a hybrid model's local modules.
+        document_masks: Whether attention masks keep documents apart (``--reset-attention-mask``).
 
     Raises:
         ArgumentError: The model has a layer or a branch that ProRes has no counterpart of.
@@ -46,9 +49,11 @@ def set_layers(config: MegatronModelConfig, prores: ProResConfig) -> None:
     placement = prores.norm_placement
     if isinstance(config, GPTModelConfig):
         if prores.needs_own_layer:
-            config.transformer_layer_spec = partial(prores_layer_spec, norm_placement=placement)
+            config.transformer_layer_spec = partial(
+                prores_layer_spec, norm_placement=placement, document_masks=document_masks
+            )
         return
-    spec = stack_spec(config.transformer)
+    spec = stack_spec(config.transformer, document_masks)
     if prores.needs_own_layer:
         spec = with_prores(spec, placement, config.hybrid_layer_pattern)
     config.hybrid_stack_spec = spec
