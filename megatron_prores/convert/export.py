@@ -59,20 +59,18 @@ class Source:
         return samples * int(self.args.seq_length)
 
 
-def open_checkpoint(
-    root: Path, step: int | None = None, schedule: str | None = None, step_flag: str = "--ckpt-step"
-) -> Source:
-    """Open the checkpoint to export; reads its arguments and none of its weights.
+def find_checkpoint(
+    root: Path, step: int | None = None, step_flag: str = "--ckpt-step"
+) -> StoredCheckpoint:
+    """Find a checkpoint of the distributed format, with its arguments; reads none of its weights.
 
     Args:
         root: What ``--save`` named, or the directory of one iteration in it.
         step: An iteration; None: the newest.
-        schedule: The run's own schedule, ``file:PATH`` or ``module:function``, where the checkpoint
-            cannot say what its alphas are.
         step_flag: That named ``step``, for the messages.
 
     Raises:
-        UserError: There is none, it is damaged, or its alphas are not known.
+        UserError: There is none, or it is damaged.
     """
     directory = _find(root, step, step_flag)
     if damage := surface_damage(directory):
@@ -88,11 +86,32 @@ def open_checkpoint(
     stored = StoredCheckpoint(directory)
     try:
         args = stored.args
-        iteration = int(stored.common.get("iteration", 0))
+        int(stored.common.get("iteration", 0))
     except (DamagedError, TypeError, ValueError) as error:
         raise UserError(f"--load {root}: {directory.name} cannot be read: {error}") from error
     if not hasattr(args, "num_layers"):
         raise UserError(f"--load {root}: {directory.name} does not hold the arguments of its run")
+    return stored
+
+
+def open_checkpoint(
+    root: Path, step: int | None = None, schedule: str | None = None, step_flag: str = "--ckpt-step"
+) -> Source:
+    """Open the checkpoint to export; reads its arguments and none of its weights.
+
+    Args:
+        root: What ``--save`` named, or the directory of one iteration in it.
+        step: An iteration; None: the newest.
+        schedule: The run's own schedule, ``file:PATH`` or ``module:function``, where the checkpoint
+            cannot say what its alphas are.
+        step_flag: That named ``step``, for the messages.
+
+    Raises:
+        UserError: There is none, it is damaged, or its alphas are not known.
+    """
+    stored = find_checkpoint(root, step, step_flag)
+    args, directory = stored.args, stored.directory
+    iteration = int(stored.common.get("iteration", 0))
     warmup = warmup_of(args, iteration)
     alphas = _alphas(args, iteration, warmup, schedule, directory)
     return Source(directory, stored, args, iteration, warmup, alphas)

@@ -104,7 +104,7 @@ def test_initial_weights_are_the_gpt_models(name: str, failures: dict[str, str])
 # Experts in one block of three, a stage that ends within a block, a prediction layer.
 MIXED = "*E*|-*-/*-"
 MIXED_FLAGS = (
-    f"{PP2} --num-experts 2 --moe-router-topk 1 --moe-ffn-hidden-size 64 "
+    f"{PP2} --num-experts 2 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 64 "
     "--moe-token-dispatcher-type allgather --train-iters 2"
 )
 
