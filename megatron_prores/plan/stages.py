@@ -128,12 +128,8 @@ def local_config(config: Any, prores: ProResConfig) -> Any:
         config: A ``GPTModelConfig`` or ``HybridModelConfig``; stays as it is.
         prores: The run's ProRes configuration.
     """
-    hooks = config.pre_wrap_hooks, config.post_wrap_hooks
-    config.pre_wrap_hooks, config.post_wrap_hooks = [], []
-    try:
-        local = copy.deepcopy(config)
-    finally:
-        config.pre_wrap_hooks, config.post_wrap_hooks = hooks
+    local = _copied(config)
+    local.pre_wrap_hooks, local.post_wrap_hooks = [], []
     _set_existing(local, _LOCAL)
     _set_existing(local.transformer, _LOCAL)
     try:
@@ -141,6 +137,13 @@ def local_config(config: Any, prores: ProResConfig) -> Any:
     except ArgumentError as error:
         raise UserError(f"{_CANNOT_BUILD} ({error})") from error
     return local
+
+
+def _copied(config: Any) -> Any:
+    """Copy a model's configuration; its specs, which hold classes made on the fly, are shared."""
+    copied = copy.copy(config)
+    copied.transformer = copy.deepcopy(config.transformer)
+    return copied
 
 
 def _set_existing(owner: Any, values: dict[str, Any]) -> None:
@@ -229,7 +232,9 @@ def count_whole_model(args: argparse.Namespace, config: Any) -> int:
         args: Megatron's validated arguments.
         config: As :func:`local_config` gives it.
     """
-    whole, alone = copy.deepcopy(config), copy.copy(args)
+    whole, alone = _copied(config), copy.copy(args)
+    if getattr(whole, "hybrid_layer_pattern", None) is not None:
+        whole.hybrid_layer_pattern = whole.hybrid_layer_pattern.replace("|", "")
     _set_existing(whole.transformer, _ONE_RANK)
     _set_existing(alone, _ONE_RANK)
     with as_rank(alone, 0):
