@@ -779,7 +779,8 @@ FROM_OUTSIDE = (
     *("preprocess: no input", "train tokenizer: input not there", "build corpus: no output"),
     *("plot run: no logs there", "compare runs: no run there"),
     *("benchmark: no GPU", "export: no checkpoint there"),
-    *("import: no model there", "generate: no temperature", "evaluate: no steps between"),
+    *("import: no model there", "hybrid to GPT: no checkpoint there"),
+    *("generate: no temperature", "evaluate: no steps between"),
     *("cosine: no text there", "hub: no command"),
     *("checkpoint: nothing there", "doctor: unknown need", "plan: no world size"),
 )  # fmt: skip
