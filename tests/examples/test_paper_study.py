@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from studies.paper.report import NO_VERDICT, NOT_SHOWN, SHOWN, gains, show, verdict
+from studies.paper.report import (
+    NO_VERDICT,
+    NOT_SHOWN,
+    SHOWN,
+    gains,
+    show,
+    verdict,
+    write_report,
+)
 from studies.paper.results import Results
 from studies.paper.scales import LAPTOP, PLAIN, PRORES, Run, flags, runs_of
 from tests.examples.clone import REPOSITORY, environment
@@ -124,15 +132,42 @@ def test_a_gain_within_its_spread_over_the_seeds_is_none() -> None:
     assert gains(plain, {3: 1.60, 1: 1.56, 2: 1.65, 4: 0.0}) == pytest.approx([0.04, 0.05, 0.05])
     assert verdict([0.04, 0.05, 0.05]) == SHOWN
     assert verdict([0.00, 0.05, 0.05]) == NOT_SHOWN
-    assert verdict([-0.04, -0.05]) == NOT_SHOWN
-    assert verdict([0.5]) == NO_VERDICT
+    assert verdict([-0.04, -0.04, -0.05]) == NOT_SHOWN
+    assert verdict([0.5, 0.5]) == NO_VERDICT
     infinite = float("inf")
-    assert verdict([infinite, infinite]) == SHOWN  # plain diverged with every seed
-    assert verdict([infinite, 0.1]) == NOT_SHOWN
-    assert verdict([-infinite, -infinite]) == NOT_SHOWN
+    assert verdict([infinite] * 3) == SHOWN  # plain diverged with every seed
+    assert verdict([infinite, 0.1, 0.1]) == NOT_SHOWN
+    assert verdict([-infinite] * 3) == NOT_SHOWN
     assert show([1.0, 2.0]) == "1.5000 ± 0.5000"
     assert show([0.25], "+") == "+0.2500"
     assert show([1.0, infinite]) == "diverged"
+
+
+def test_the_committed_report_is_that_of_its_runs(tmp_path: Path) -> None:
+    committed = REPOSITORY / "docs/paper/laptop"
+    write_report(committed, LAPTOP, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (committed / "report.md").read_text() == text
+    runs = {r["name"]: r for r in json.loads((committed / "runs.json").read_text())["runs"]}
+    assert set(runs) <= {run.name for run in runs_of("all", LAPTOP)}
+    # Table 2 and the verdicts on it, by other means.
+    (section,) = re.findall(r"\(Table 2\)(.*?)\n## ", text, re.DOTALL)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in section.split("\n| ")[3:]]
+    assert len(rows) == 11
+    for placement, layers, _, _, _, _, seeds, gain, verdict_, *_ in rows:
+        name = f"{placement}-{layers}-{{}}-seed{{}}"
+        falls = [
+            runs[name.format(PLAIN, seed)]["validation_loss"]
+            - runs[name.format(PRORES, seed)]["validation_loss"]
+            for seed in (1, 2, 3)
+            if name.format(PRORES, seed) in runs
+        ]
+        low, *_, high = sorted(falls)
+        assert seeds == str(len(falls))
+        assert gain == f"{sum(falls) / len(falls):+.4f} ± {(high - low) / 2:.4f}"
+        clear = SHOWN if sum(falls) / len(falls) > high - low else NOT_SHOWN
+        assert verdict_ == (clear if len(falls) == 3 else NO_VERDICT)
+    assert f"Not made, {len(runs_of('all', LAPTOP)) - len(runs)} of" in text
 
 
 def test_arms_differ_in_what_they_are_named_for() -> None:
