@@ -154,7 +154,7 @@ def test_the_committed_report_is_that_of_its_runs(tmp_path: Path) -> None:
     assert set(runs) <= {run.name for run in runs_of("all", LAPTOP)}
     # Table 2 and the verdicts on it, by other means.
     (section,) = re.findall(r"\(Table 2\)(.*?)\n## ", text, re.DOTALL)
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in section.split("\n| ")[3:]]
+    rows = [[cell.strip() for cell in row.split("|")[:-1]] for row in section.split("\n| ")[3:]]
     assert len(rows) == 11
     for placement, layers, _, _, _, _, seeds, gain, verdict_, *_ in rows:
         name = f"{placement}-{layers}-{{}}-seed{{}}"
