@@ -176,13 +176,14 @@ def _build_chunks(config: Any) -> list[Any]:
 
 def _build_without_kernels() -> None:
     """Let Megatron build mixing layers whose CUDA kernels are packages that are not here."""
-    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
     from megatron.core.ssm.gated_delta_net import common as gated_delta_net
 
     def norm(size: int, eps: float, **kernel: Any) -> torch.nn.Module:
         return torch.nn.RMSNorm(size, eps=eps)
 
-    replace(mamba_mixer, _build_chunks, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=norm)
+    replace(mamba_mixer, _build_chunks, HAVE_MAMBA_SSM=True, HAVE_EINOPS=True, ExtendedRMSNorm=norm)
+    replace(mamba_context_parallel, _build_chunks, HAVE_EINOPS=True)
     replace(gated_delta_net, _build_chunks, HAVE_FLA=True)
 
 
