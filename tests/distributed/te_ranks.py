@@ -284,7 +284,7 @@ if __name__ == "__main__":
     function, *words = sys.argv[1:]
     if function == "build_golden":
         build_golden(words[0], int(words[1]), words[2])
-    elif function in ("inspect_specs", "inspect_fused_norms"):
+    elif function.startswith("inspect_"):
         globals()[function](words[0])
     else:
         pretrain(*words)
