@@ -10,9 +10,11 @@ then reports its layers to the audit that a real run starts with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -177,14 +179,25 @@ def _build_chunks(config: Any) -> list[Any]:
 def _build_without_kernels() -> None:
     """Let Megatron build mixing layers whose CUDA kernels are packages that are not here."""
     from megatron.core.ssm import mamba_context_parallel, mamba_mixer
-    from megatron.core.ssm.gated_delta_net import common as gated_delta_net
+    from megatron.core.ssm.gated_delta_net import common, gdn
 
     def norm(size: int, eps: float, **kernel: Any) -> torch.nn.Module:
         return torch.nn.RMSNorm(size, eps=eps)
 
-    replace(mamba_mixer, _build_chunks, HAVE_MAMBA_SSM=True, HAVE_EINOPS=True, ExtendedRMSNorm=norm)
+    def random_states(*flags: Any, **named: Any) -> Any:
+        return SimpleNamespace(fork=contextlib.nullcontext)  # only a run has them
+
+    replace(
+        mamba_mixer,
+        _build_chunks,
+        HAVE_MAMBA_SSM=True,
+        HAVE_EINOPS=True,
+        ExtendedRMSNorm=norm,
+        get_cuda_rng_tracker=random_states,
+    )
     replace(mamba_context_parallel, _build_chunks, HAVE_EINOPS=True)
-    replace(gated_delta_net, _build_chunks, HAVE_FLA=True)
+    replace(common, _build_chunks, HAVE_FLA=True)
+    replace(gdn, _build_chunks, chunk_gated_delta_rule=lambda *tensors, **named: None)
 
 
 def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
