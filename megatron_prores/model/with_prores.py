@@ -125,7 +125,7 @@ def _prores_layer(
         raise ArgumentError(
             Argument("spec"),
             f": ProRes has no residual hook for the layer class {module.__name__}, but for "
-            f"{' and '.join(stock.__name__ for stock in PRORES_LAYERS)}",
+            f"{', '.join(stock.__name__ for stock in PRORES_LAYERS)}",
         )
     stock = layer.submodules
     is_mamba = isinstance(stock, MambaLayerSubmodules)
