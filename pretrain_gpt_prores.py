@@ -42,7 +42,7 @@ def main() -> None:
         train_valid_test_datasets_provider,
     )
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import datasets, optimizer
+    from megatron_prores.upstream import datasets, optimizer, training_loop
     from megatron_prores.warmup.scalars import close_tensorboard
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
@@ -51,6 +51,7 @@ def main() -> None:
     datasets.read_indices_as_numbers()
     optimizer.let_torch_adam_resume()
     optimizer.align_saved_optimizer_state()
+    training_loop.end_interval_with_first_line()
     guard.install()
     args, prores = parse_args(device_name)
     if args.rank == 0:

@@ -69,6 +69,14 @@ def printed(job: Job) -> dict[str, list[float]]:
     }
 
 
+def as_nvidia_prints(losses: list[float]) -> list[float]:
+    """Turns the second loss that our log prints into what NVIDIA's own program prints there.
+
+    That is the mean of the first two (training_loop.end_interval_with_first_line).
+    """
+    return [*losses[:1], *([sum(losses[:2]) / 2] if losses[1:] else []), *losses[2:]]
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags that let the runs on the same mock data share its indices."""
@@ -81,6 +89,8 @@ def test_prints_what_nvidias_own_program_prints(
 ) -> None:
     stock = CASES[case]
     ours = printed(run_job(tmp_path, [*stock["flags"], *AS_STOCK, *cache], stock["ranks"]))
+    for figure in ("loss", "mtp_loss"):
+        ours[figure] = as_nvidia_prints(ours[figure])
     # Gradient norms are printed with three decimals.
     assert ours.pop("grad_norm") == pytest.approx(stock["grad_norm"], rel=TOLERANCE, abs=1e-3)
     assert ours == {
