@@ -157,6 +157,9 @@ class Lifecycle:
                 sys.exit(EXIT_INTERRUPTED)
             raise
         finally:
+            # Python would have the system's own handlers back while it ends, and be killed by them.
+            for each in self.signals.signals:
+                signal.signal(each, signal.SIG_IGN)
             # Python waits for them when it ends, having sent them the SIGTERM that they ignore;
             # the data loader's own handler would report a worker's end as an error.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
