@@ -52,6 +52,7 @@ def main() -> None:
     datasets.use_prebuilt_dataset_helpers()
     datasets.read_indices_as_numbers()
     optimizer.let_torch_adam_resume()
+    optimizer.let_sgd_resume()
     optimizer.align_saved_optimizer_state()
     training_loop.end_interval_with_first_line()
     guard.install()

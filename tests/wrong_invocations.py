@@ -397,6 +397,8 @@ _TRAINING = (
         ("--skip-step-above-sigmas 0.0", "above 0")),
     Row("steps skipped above no number", f"{MOCK} --skip-step-above-sigmas nan",
         ("--skip-step-above-sigmas nan", "above 0")),
+    Row("sgd, sharded", f"{MOCK} --optimizer sgd --use-distributed-optimizer",
+        ("--use-distributed-optimizer", "--optimizer sgd")),
     Row("unknown optimizer", f"{MOCK} --optimizer lion", ("--optimizer",)),
     Row("parameters gathered late, not sharded", f"{MOCK} --overlap-param-gather",
         ("overlap-param-gather",)),

@@ -102,6 +102,11 @@ _NO_MORE: tuple[Rule, ...] = (
 
 FAILS_IN_MEGATRON: tuple[Rule, ...] = (
     (
+        "--use-distributed-optimizer with --optimizer sgd",
+        lambda a: a.use_distributed_optimizer and a.optimizer == "sgd" and not a.skip_train,
+        "Megatron does not shard the state of sgd; leave it out, or use --optimizer adam",
+    ),
+    (
         "--recompute-modules mlp",
         lambda a: (
             (a.recompute_granularity == "selective" or a.recompute_activations)

@@ -28,6 +28,7 @@ FP32_DP2 = ["--use-distributed-optimizer", "--global-batch-size", "8"]
 BF16_DP2 = ["--bf16", *FP32_DP2]
 SAME_LAYOUT = {
     "one rank, fp32": (1, [], 24),
+    "one rank, sgd": (1, ["--optimizer", "sgd"], 24),
     "two data-parallel ranks, bf16, distributed optimizer": (2, BF16_DP2, 10),
     "two data-parallel ranks, fp32, distributed optimizer": (2, FP32_DP2, 10),
     "PP2, during the warmup": (2, PP2, 24),
