@@ -211,6 +211,11 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
     ),
 )
 
+_SAVED_APART = (
+    "its checkpoints would be loaded neither verified nor compared; a smaller --save-interval with "
+    "--save-retain-interval keeps as few"
+)
+
 # What would meet this program's hooks, checks or initial weights in a way that nobody has tried.
 _UNTRIED: tuple[Rule, ...] = (
     (
@@ -238,6 +243,24 @@ _UNTRIED: tuple[Rule, ...] = (
         "--expert-tensor-parallel-num-weight-shards",
         lambda a: a.expert_tensor_parallel_num_weight_shards is not None,
         "neither the initial weights nor the planner knows weights that are cut once more",
+    ),
+    (
+        "--non-persistent-ckpt-type",
+        is_true("non_persistent_ckpt_type"),
+        _SAVED_APART,
+    ),
+    (
+        "--non-persistent-save-interval",
+        is_true("non_persistent_save_interval"),
+        _SAVED_APART,
+    ),
+    (
+        "--ckpt-format with --save or --load",
+        lambda a: (
+            a.ckpt_format != "torch_dist" and bool(a.save or a.load or a.pretrained_checkpoint)
+        ),
+        "only checkpoints in torch_dist have a manifest, and remember the ProRes settings so that "
+        "a run which does not continue them is stopped",
     ),
     (
         "--phase-transition-iterations",

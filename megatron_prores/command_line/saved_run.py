@@ -88,10 +88,15 @@ def _read(directory: str, step: int | None) -> SavedRun | None:
     name = directory
     try:
         choice = to_load(Path(directory), step)
-        # Without it: another format than ours; whether it can be loaded is Megatron's to say.
-        if choice is None or not (choice.directory / FORMAT).is_file():
+        if choice is None or not choice.directory.is_dir():
             return None
         name = str(choice.directory)
+        if not (choice.directory / FORMAT).is_file():
+            raise UserError(
+                f"--load {directory}: {name} is not in the format torch_dist: it could be neither "
+                "verified nor compared. Megatron-LM's own program converts it, with "
+                "--ckpt-convert-format torch_dist"
+            )
         state = StoredCheckpoint(choice.directory).common
     except DamagedError as error:
         raise UserError(f"--load {directory}: {name} cannot be read: {error}") from error

@@ -88,7 +88,7 @@ class Lifecycle:
         write_tracker_atomically()
         wrap(training, "initialize_megatron", (), self._initialize)
         wrap(training, "load_checkpoint", (), self._load)
-        wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
+        wrap(training, "save_checkpoint", ("iteration",), self._save)
 
     def _initialize(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         """Take the lock as soon as the ranks can talk, before a model is built."""
@@ -123,8 +123,6 @@ class Lifecycle:
         A finished run that is started again, and Megatron's check of results, would overwrite the
         checkpoint that the run began from: a kill meanwhile would leave none.
         """
-        if named.get("non_persistent_ckpt"):
-            return stock()
         self._on_first_rank(SaveLock.check)
         if named["iteration"] == self.saved_iteration:
             if self.lock is not None:
