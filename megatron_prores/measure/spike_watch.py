@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +15,7 @@ import torch
 from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 
+from megatron_prores.errors import StopRun
 from megatron_prores.runs import GRAD_NORM_TAG, TRAIN_TAG
 from megatron_prores.spikes import FEWEST, WINDOW, is_spike
 from megatron_prores.upstream.training_loop import StepFigures
@@ -98,33 +97,25 @@ class SpikeLog:
 class StepSkipper:
     """Leaves out updates whose gradient norm stands out (``--skip-step-above-sigmas``).
 
-    Every rank decides for itself, by the same norm of the whole gradient. Megatron's optimizer does
-    the leaving out, and the log counts the step among the skipped iterations, as one whose gradient
-    is not finite.
+    Every rank decides for itself, by the same norm of the whole gradient. Megatron's log counts the
+    step among the skipped iterations, as one whose gradient is not finite.
     """
 
     def __init__(self, sigmas: float) -> None:
         """Take S, the standard deviations above the mean."""
         self.sigmas = sigmas
         self.curve = Curve()
-        self.threshold = math.inf
         self.skipped = 0
 
-    def around_step(
-        self, step: Callable[[], Any], iteration: int, chunks: Any, optimizer: Any
-    ) -> Any:
-        """Give the optimizer the norm that the step must not exceed, and run the step."""
+    def is_too_large(self, norm: float) -> bool:
+        """Whether the step of this gradient norm is to be left out."""
         before = self.curve.before
-        if len(before) >= FEWEST:
-            self.threshold = float(before.mean() + self.sigmas * before.std())
-        for each in optimizer.chained_optimizers:
-            each.config.grad_norm_skip_threshold = self.threshold
-        return step()
+        return len(before) >= FEWEST and norm > float(before.mean() + self.sigmas * before.std())
 
     def after_step(self, step: StepFigures) -> None:
         """Take the gradient norm of a step among those that the next is judged by."""
         norm = math.nan if step.grad_norm is None else step.grad_norm
-        if step.skipped and norm > self.threshold:
+        if step.skipped and self.is_too_large(norm):
             self.skipped += 1
             _say(
                 f"skipped: iteration {step.iteration}, {GRAD_NORM_TAG} {norm:.4g} "
@@ -134,6 +125,22 @@ class StepSkipper:
         self.curve.add(step.iteration, norm)
         if step.iteration % get_args().log_interval == 0:
             log_scalars({"prores/skipped_steps": float(self.skipped)}, step.iteration)
+
+
+def end_without_a_number(step: StepFigures) -> None:
+    """End a run that does not check for NaN (``--no-check-for-nan-in-loss-and-grad``) at the first.
+
+    The gradient norm, which Megatron reads to clip by, costs nothing to look at. It is of all
+    ranks, so that all end. With ``--clip-grad 0`` there is none.
+
+    Raises:
+        StopRun: It is NaN or infinite: so are the weights now, but no checkpoint has them.
+    """
+    if step.grad_norm is not None and not math.isfinite(step.grad_norm):
+        raise StopRun(
+            f"NaN in the loss or the gradients of iteration {step.iteration}: the gradient norm is "
+            f"{step.grad_norm}; what was saved before is not touched by it"
+        )
 
 
 def _how_far(value: float, before: npt.NDArray[np.float64]) -> str:

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from megatron_prores.environment import is_installed
+from megatron_prores.launch.gpu_flags import Setup, gpu_flags
+from studies.paper.recipes import PLACEMENTS
 
 PLAIN = "plain"
 LONG = "long"
@@ -99,7 +103,10 @@ GPU = replace(
 MINUTES = replace(LAPTOP, name="minutes", iterations=700, eval_batches=32)
 """For a first look: examples/see_prores_work.sh."""
 
-SCALES = {scale.name: scale for scale in (MINUTES, LAPTOP, GPU)}
+KIT = replace(GPU, name="kit", iterations=400, vocabulary=4096, text_megabytes=16, seeds=1)
+"""For the first minutes on a GPU: docs/gpu_kit.md."""
+
+SCALES = {scale.name: scale for scale in (MINUTES, LAPTOP, KIT, GPU)}
 
 
 @dataclass(frozen=True, order=True)
@@ -107,6 +114,7 @@ class Run:
     """One training run of a scale."""
 
     placement: str
+    """In the words of recipes.PLACEMENTS."""
     arm: str
     layers: int
     seed: int = 1
@@ -132,28 +140,28 @@ class Run:
         return 0.1 if self.placement in ("post", "deepnorm") else 0.02
 
 
-def seeded(runs: Iterable[Run], seeds: int) -> Iterator[Run]:
-    """Yield runs with every seed: all of one seed before those of the next."""
-    for seed, run in itertools.product(range(1, seeds + 1), list(runs)):
-        yield replace(run, seed=seed)
+def seeded(runs: Iterable[Run], scale: Scale) -> list[Run]:
+    """List runs with every seed of a scale."""
+    return [replace(run, seed=seed) for run in runs for seed in range(1, scale.seeds + 1)]
 
 
 def main_comparison(scale: Scale) -> list[Run]:
     """List the runs of Pre-LN and Post-LN with every arm: Table 2 and Figures 2 and 5."""
     cases = itertools.product(("post", "pre"), scale.depths, ARMS)
-    return list(seeded((Run(*case[::2], case[1]) for case in cases), scale.seeds))
+    return seeded((Run(placement, arm, layers) for placement, layers, arm in cases), scale)
 
 
 def placements(scale: Scale) -> list[Run]:
-    """List the runs of the paper's other placements: the rest of Table 2."""
-    cases = itertools.product(("sandwich", "deepnorm", "lns"), (PLAIN, PRORES))
-    return [Run(placement, arm, scale.depths[0]) for placement, arm in cases]
+    """List the runs of the paper's other placements and initial weights: the rest of Table 2."""
+    others = [each for each in PLACEMENTS if each not in ("pre", "post")]
+    cases = itertools.product(others, (PLAIN, PRORES))
+    return seeded((Run(placement, arm, scale.depths[0]) for placement, arm in cases), scale)
 
 
 def depth_study(scale: Scale) -> list[Run]:
     """List the runs of Figure 1 beyond the main comparison."""
     cases = itertools.product(("post", "pre"), scale.deep, ARMS)
-    return [Run(placement, arm, layers) for placement, layers, arm in cases]
+    return seeded((Run(placement, arm, layers) for placement, layers, arm in cases), scale)
 
 
 def ablation(scale: Scale) -> list[Run]:
@@ -161,7 +169,7 @@ def ablation(scale: Scale) -> list[Run]:
     base = Run("post", PRORES, scale.depths[0])
     lengths = [replace(base, warmup=share) for share in (0.0025, 0.005, 0.02, 0.04)]
     schedules = "linear_sqrt linear_square equal reverse stagewise_L fix_sqrt_l".split()
-    return [*lengths, *(replace(base, schedule=schedule) for schedule in schedules)]
+    return seeded([*lengths, *(replace(base, schedule=name) for name in schedules)], scale)
 
 
 def layer_norms(scale: Scale) -> list[Run]:
@@ -174,8 +182,15 @@ def first_look(scale: Scale) -> list[Run]:
     return [Run("post", arm, scale.depths[-1]) for arm in (PLAIN, PRORES)]
 
 
+def short_comparison(scale: Scale) -> list[Run]:
+    """List the fewest runs that compare both placements with and without ProRes."""
+    cases = itertools.product(("pre", "post"), (PLAIN, PRORES))
+    return [Run(placement, arm, scale.depths[0]) for placement, arm in cases]
+
+
 EXHIBITS = {
     "see": (first_look,),
+    "short": (short_comparison,),
     "table2": (main_comparison, placements),
     "table6": (main_comparison, ablation),
     "figure1": (main_comparison, depth_study),
@@ -184,15 +199,15 @@ EXHIBITS = {
     "figure4": (layer_norms,),
     "figure5": (main_comparison,),
     "main": (main_comparison,),
-    "all": (main_comparison, layer_norms, depth_study, ablation, placements),
+    "all": (main_comparison, layer_norms, depth_study, placements, ablation),
 }
 """Figure or table -> the lists of runs that it is made of."""
 
 
 def runs_of(exhibit: str, scale: Scale) -> list[Run]:
-    """List the runs of a figure or table, each once."""
-    lists = EXHIBITS[exhibit]
-    return list(dict.fromkeys(run for each in lists for run in each(scale)))
+    """List the runs of a figure or table, each once: those of one seed before the next seed's."""
+    runs = dict.fromkeys(run for each in EXHIBITS[exhibit] for run in each(scale))
+    return sorted(runs, key=lambda run: run.seed)
 
 
 def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
@@ -205,6 +220,9 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         directory: Of the run.
     """
     steps = scale.iterations
+    placement = f"--norm-placement {run.placement}"
+    if run.placement in ("scaled", "ds"):
+        placement = f"--norm-placement pre --branch-init {run.placement}"
     words = f"""
         --device {scale.device} --num-layers {run.layers} --hidden-size {scale.hidden}
         --ffn-hidden-size {scale.ffn} --num-attention-heads {scale.heads}
@@ -212,7 +230,7 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
         --position-embedding-type rope --untie-embeddings-and-output-weights
         --attention-dropout 0 --hidden-dropout 0 --init-method-std {scale.init_std}
-        --make-vocab-size-divisible-by 128 --norm-placement {run.placement} --seed {run.seed}
+        --make-vocab-size-divisible-by 128 {placement} --seed {run.seed}
         --micro-batch-size {scale.micro_batch} --global-batch-size {scale.batch}
         --train-iters {steps} --lr {scale.learning_rate(run.layers)} --min-lr 0
         --lr-decay-style WSD --lr-warmup-iters {round(run.lr_warmup() * steps)}
@@ -227,7 +245,12 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         # W is the same for every schedule of a depth, as in the paper's ablation.
         words += ["--prores-warmup-iters", str(round(run.warmup * steps * run.layers))]
     if scale.device == "cuda":
-        words += "--bf16 --use-distributed-optimizer --attention-backend auto".split()
+        words += ["--bf16", "--use-distributed-optimizer"]
+        setup = Setup(
+            transformer_engine=is_installed("transformer_engine"),
+            apex=is_installed("fused_weight_gradient_mlp_cuda"),
+        )
+        words += gpu_flags(setup)
     if run.norms:
         words += ["--log-layer-norms-interval", str(max(1, steps // 100))]
     for flag, path in {
