@@ -561,6 +561,7 @@ _FLAGS = tuple(
          ("--reset-attention-mask", "virtual pipeline stages")),
         ("--bf16 --fp32-residual-connection", ("--fp32-residual-connection", "--device cpu")),
         ("--log-memory-to-tensorboard", ("--log-memory-to-tensorboard", "--device cpu")),
+        ("--record-memory-history", ("--record-memory-history", "--device cpu")),
         ("--te-precision-config-file /nowhere/recipe.yaml", ("/nowhere/recipe.yaml",)),
     )
 )  # fmt: skip
