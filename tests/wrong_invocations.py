@@ -515,6 +515,7 @@ _FLAGS = tuple(
         ("--decoder-seq-length 32", ("--decoder-seq-length", "--seq-length")),
         ("--vision-pretraining", ("--vision-pretraining", "text")),
         ("--ckpt-convert-format torch", ("--ckpt-convert-format",)),
+        ("--config-logger-dir configs", ("--config-logger-dir", "process groups")),
         ("--non-persistent-ckpt-type global",
          ("--non-persistent-ckpt-type", "--save-retain-interval")),
         ("--non-persistent-save-interval 2", ("--non-persistent-save-interval",)),

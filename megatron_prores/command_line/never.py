@@ -74,6 +74,11 @@ _NO_MORE: tuple[Rule, ...] = (
         "Megatron 0.19 cannot build a model with it",
     ),
     (
+        "--config-logger-dir",
+        is_true("config_logger_dir"),
+        "Megatron 0.19 cannot write down the process groups of what it logs there",
+    ),
+    (
         "--full-validation",
         lambda a: a.full_validation and not a.multiple_validation_sets,
         "Megatron 0.19 ends at the first evaluation without --multiple-validation-sets; give both",
