@@ -168,16 +168,41 @@ class Lifecycle:
                 self.lock.release()
 
 
-def installed(args: Any) -> contextlib.AbstractContextManager[None]:
-    """Prepare a run, and return what its training program is to run in.
+@contextlib.contextmanager
+def installed(args: Any) -> Iterator[None]:
+    """Run the training program in this.
 
     Args:
         args: Megatron's validated arguments, before ``pretrain``. Without ``--save`` there is
             nothing to save or to lock, and signals end the run at once, as ever.
+
+    Raises:
+        SystemExit: A signal ended the run, or a process that the run needs was killed.
     """
     report_bad_numbers()
-    if not args.save or args.skip_train:
-        return contextlib.nullcontext()
-    run = Lifecycle(args)
-    run.install()
-    return run.guard()
+    with contextlib.ExitStack() as stack:
+        if args.save and not args.skip_train:
+            run = Lifecycle(args)
+            run.install()
+            stack.enter_context(run.guard())
+        try:
+            yield
+        except RuntimeError as error:
+            if not (words := _killed_process(error)):
+                raise
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            print(
+                f"error: rank {rank} (host {os.uname()[1]}): {words}. Out of memory, perhaps: see "
+                "the host's log",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(1)
+
+
+def _killed_process(error: RuntimeError) -> str:
+    """Return which process of this rank was killed; empty for another error."""
+    # torch raises it wherever the training program is, when it hears of the worker's end.
+    if str(error).startswith("DataLoader worker (pid"):
+        return f"a process that loads its data: {str(error).splitlines()[0].strip(' .')}"
+    return ""
