@@ -1,0 +1,350 @@
+"""A directory of shards: many inputs to as many datasets, by many processes, none of them twice.
+
+``shards.json`` names the settings and the inputs in their order. Input n becomes the datasets
+``n-part``; each appears under its name when it is whole, and last its marker ``n-part.json``, which
+tells what it was made from. A run makes what has no marker yet.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prores.data.encode import Encoder, encode_in_order, start_worker
+from megatron_prores.data.inputs import STDIN, Chunk, Input, disk_size, read_chunks
+from megatron_prores.data.output import Output, Problems, dataset_path
+from megatron_prores.data.progress import Progress
+from megatron_prores.data.staging import BusyError, staging_directory
+from megatron_prores.errors import UserError
+from megatron_prores.files import atomic_write
+
+PLAN = "shards.json"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One finished shard."""
+
+    name: str
+    """Of its files, without ``_{key}_document``."""
+    first_line: int
+    next_line: int
+    """The line of the input at which the next part begins."""
+    last: bool
+    """Whether the input ends with it."""
+    documents: int
+    text_bytes: int
+    tokens: dict[str, int]
+    """By key."""
+    left_out: dict[str, int]
+    digests: dict[str, dict[str, str]]
+    """sha256 by key and ending."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A directory of shards, as it is on the disk.
+
+    Args:
+        directory: The directory.
+        settings: What decides the token ids, as plain data.
+        inputs: Names and sizes of the inputs, in order.
+    """
+
+    directory: Path
+    settings: dict[str, Any]
+    inputs: list[list[Any]]
+
+    @staticmethod
+    def read(directory: Path) -> Shards:
+        """Read the plan of a directory.
+
+        Raises:
+            UserError: There is none.
+        """
+        try:
+            content = json.loads((directory / PLAN).read_text())
+            return Shards(directory, content["settings"], content["inputs"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{directory}: no readable {PLAN}: give a directory that preprocess_data.py "
+                "--output-dir has made"
+            ) from error
+
+    def parts(self, number: int) -> list[Part]:
+        """List the finished parts of an input, without a gap, from its first."""
+        found: list[Part] = []
+        while not (found and found[-1].last):
+            name = f"{number:05d}-{len(found):04d}"
+            try:
+                part = Part(**json.loads((self.directory / f"{name}.json").read_text()))
+            except FileNotFoundError:
+                break
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{self.directory / name}.json: not a marker of a shard") from error
+            found.append(part)
+        return found
+
+    def is_finished(self, number: int) -> bool:
+        """Return whether an input is done."""
+        parts = self.parts(number)
+        return bool(parts) and parts[-1].last
+
+    def finished_tokens(self) -> int:
+        """Return the tokens, over all keys, of the first inputs up to one that is missing."""
+        total = 0
+        for number in range(len(self.inputs)):
+            parts = self.parts(number)
+            total += sum(sum(part.tokens.values()) for part in parts)
+            if not (parts and parts[-1].last):
+                break
+        return total
+
+    def path(self, part: Part, key: str) -> Path:
+        """Return the path of a part's dataset, without ending."""
+        return dataset_path(self.directory / part.name, key)
+
+
+def open_shards(directory: Path, settings: dict[str, Any], inputs: Sequence[Input]) -> Shards:
+    """Make a directory of shards, or go on with it.
+
+    Args:
+        directory: The directory, made if missing.
+        settings: What decides the token ids.
+        inputs: All inputs; those of before first, more may follow.
+
+    Raises:
+        UserError: It holds shards of other settings or inputs, or cannot be written.
+    """
+    wanted = Shards(directory, settings, [[each.name, each.size] for each in inputs])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Machines that start at once do this one after the other.
+        with staging_directory(directory / PLAN, wait=True):
+            if (directory / PLAN).exists():
+                _check_same(Shards.read(directory), wanted)
+            with atomic_write(directory / PLAN) as file:
+                json.dump({"settings": settings, "inputs": wanted.inputs}, file, indent=1)
+    except OSError as error:
+        raise UserError(f"--output-dir {directory}: cannot write: {error.strerror}") from error
+    return wanted
+
+
+def _check_same(found: Shards, wanted: Shards) -> None:
+    """Refuse to mix shards of different making."""
+    where = f"--output-dir {found.directory}: its shards were made"
+    for name, value in wanted.settings.items():
+        if found.settings.get(name) != value:
+            raise UserError(
+                f"{where} with {name} {found.settings.get(name)}, not {value}; choose another "
+                "directory"
+            )
+    for before, now in zip(found.inputs, wanted.inputs, strict=False):
+        if before != now:
+            raise UserError(
+                f"{where} from {before[0]} ({before[1]} bytes), where {now[0]} ({now[1]} bytes) is "
+                "now; give the inputs of before first, or choose another directory"
+            )
+    if len(wanted.inputs) < len(found.inputs):
+        raise UserError(
+            f"{where} from {len(found.inputs)} inputs, not {len(wanted.inputs)}; give all of them"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's share of the work.
+
+    Args:
+        shards: The directory.
+        inputs: All inputs, in the order of the plan.
+        encoder: How to tokenize.
+        tokens_per_shard: Close a shard with so many tokens; None: a shard for each input.
+    """
+
+    shards: Shards
+    inputs: Sequence[Input]
+    encoder: Encoder
+    tokens_per_shard: int | None = None
+
+    def make(self, number: int, workers: int, tell: Any) -> bool:
+        """Make the parts of an input that are missing.
+
+        Args:
+            number: Of the input.
+            workers: Processes that tokenize.
+            tell: Called with documents, tokens, bytes of text and bytes of disk after each chunk;
+                raises to end the work.
+
+        Returns:
+            Whether it is done; False: another process is at it.
+
+        Raises:
+            UserError: The input cannot be used, or the output not be written.
+        """
+        directory = self.shards.directory
+        try:
+            with staging_directory(directory / f"{number:05d}") as staging:
+                done = self.shards.parts(number)  # Another process may have just finished it.
+                if done and done[-1].last:
+                    return True
+                start = done[-1].next_line if done else 1
+                chunks = _from_line(read_chunks([self.inputs[number]], self.encoder.keys), start)
+                with closing(encode_in_order(self.encoder, chunks, workers)) as results:
+                    self._write(number, len(done), start, results, staging, tell)
+        except BusyError:
+            return False
+        except OSError as error:
+            raise UserError(f"--output-dir {directory}: cannot write: {error.strerror}") from error
+        return True
+
+    def _write(
+        self, number: int, part: int, line: int, results: Any, staging: Path, tell: Any
+    ) -> None:
+        problems = Problems(self.encoder.stop_at_problem, tell.message)
+        first = line
+        name = f"{number:05d}-{part:04d}"
+        output = Output(staging, self.shards.directory / name, self.encoder)
+        for result in results:
+            problems.report(result.problems)
+            output.add(result)
+            line = result.next_line
+            tell(result.documents, sum(each.count for each in result.texts.values()),
+                 result.text_bytes, result.disk_bytes)  # fmt: skip
+            tokens = output.summary.tokens.total()
+            if self.tokens_per_shard is not None and tokens >= self.tokens_per_shard:
+                self._publish(name, output, first, line, last=False)
+                part, first = part + 1, line
+                name = f"{number:05d}-{part:04d}"
+                output = Output(staging, self.shards.directory / name, self.encoder)
+        self._publish(name, output, first, line, last=True)
+
+    def _publish(self, name: str, output: Output, first: int, line: int, last: bool) -> None:
+        digests = output.finish()
+        output.publish()
+        done = output.summary
+        marker = Part(
+            name, first, line, last, done.documents, done.text_bytes, dict(done.tokens),
+            dict(done.left_out), digests,
+        )  # fmt: skip
+        with atomic_write(self.shards.directory / f"{name}.json") as file:
+            json.dump(vars(marker), file, indent=1)
+
+
+def _from_line(chunks: Iterator[Chunk], line: int) -> Iterator[Chunk]:
+    """Leave out the chunks before a line; shards end where chunks do."""
+    return (chunk for chunk in chunks if chunk.first_line >= line)
+
+
+def make_shards(
+    job: Job, share: tuple[int, int], workers: int, log_interval: int | None, stop_after: int | None
+) -> None:
+    """Make this process's share of what is missing.
+
+    Args:
+        job: The work.
+        share: (i, n), from 1: every n-th input, from the i-th.
+        workers: Processes. With fewer inputs than these, the inputs are made one after the other,
+            each by all of them; else each process makes inputs by itself.
+        log_interval: See :class:`megatron_prores.data.progress.Progress`.
+        stop_after: Begin no further input when the first ones together have so many tokens.
+
+    Raises:
+        UserError: See :meth:`Job.make`; whatever was finished stays.
+    """
+    mine = range(share[0] - 1, len(job.inputs), share[1])
+    missing = [number for number in mine if not job.shards.is_finished(number)]
+    size = disk_size([job.inputs[number] for number in missing])
+
+    def numbers() -> Iterator[int]:
+        for number in missing:
+            if stop_after is not None and job.shards.finished_tokens() >= stop_after:
+                return
+            yield number
+
+    busy = 0
+    with Progress("tokenizing", size, log_interval, workers) as progress:
+        if len(missing) < workers or workers == 1 or job.inputs[missing[0]].name == STDIN:
+            for number in numbers():
+                busy += not job.make(number, workers, progress)
+        elif missing:
+            busy = _in_processes(job, numbers(), workers, progress)
+    have = sum(map(job.shards.is_finished, range(len(job.inputs))))
+    left = f"; another process is at {busy} of them" if busy else ""
+    print(
+        f"{progress.documents} documents, {progress.tokens} tokens in {progress.seconds:.1f} s "
+        f"({progress.megabytes_per_second:.1f} MB/s); {job.shards.directory} has {have} of "
+        f"{len(job.inputs)} inputs{left}"
+    )
+
+
+def _in_processes(job: Job, numbers: Iterator[int], workers: int, progress: Progress) -> int:
+    """Make each input in a process; return how many another run is at."""
+    context = multiprocessing.get_context("fork")
+    shared = context.Array("q", 5)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start, initargs=(job, shared)
+    )
+    running: set[Future[bool]] = set()
+    seen = [0, 0, 0, 0]
+    busy = 0
+    try:
+        while True:
+            while len(running) < workers and (number := next(numbers, None)) is not None:
+                running.add(pool.submit(_make, number))
+            if not running:
+                return busy
+            done, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+            now = list(shared[:4])
+            progress(*(a - b for a, b in zip(now, seen, strict=True)))
+            seen = now
+            busy += sum(not future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, most likely for lack of memory; "
+            f"try fewer than --workers {workers}"
+        ) from error
+    finally:
+        shared[4] = 1
+        pool.shutdown(cancel_futures=True)
+
+
+class _Teller:
+    """Adds a worker's progress to the shared counts."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared = shared
+
+    def __call__(self, *counts: int) -> None:
+        with self._shared.get_lock():
+            for at, count in enumerate(counts):
+                self._shared[at] += count
+            if self._shared[4]:
+                raise UserError("the run has ended")
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+_job: Job
+_teller: _Teller
+
+
+def _start(job: Job, shared: Any) -> None:
+    global _job, _teller
+    _job, _teller = job, _Teller(shared)
+    start_worker(job.encoder)
+
+
+def _make(number: int) -> bool:
+    return _job.make(number, 1, _teller)
