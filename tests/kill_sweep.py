@@ -31,6 +31,7 @@ if __name__ == "__main__":
     # The fork server that starts the ranks finds the project as well.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
+from megatron_prores.checkpoint.newest import newest
 from tests.distributed.launch import start_job
 from tests.distributed.recorder import RECORD, read_losses, record_losses
 
@@ -96,9 +97,9 @@ class Outcome:
 
 
 def completed(save: Path) -> int:
-    """Reads the last completed checkpoint, as Megatron does; 0: none."""
-    tracker = save / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
+    """Reads the last completed checkpoint, as a run does; 0: none."""
+    found = newest(save)
+    return 0 if found is None else int(found.iteration or 0)
 
 
 class Sweep:
