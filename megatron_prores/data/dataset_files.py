@@ -133,7 +133,7 @@ def check_token_ids(datasets: Iterable[tuple[str, str]], vocabulary: int, named:
         dtype = _read_index(flag, prefix).dtype
         if dtype.kind not in "iu":
             raise UserError(f"{flag} {prefix}: {prefix}.idx says that token ids are {dtype}")
-        tokens = np.memmap(f"{prefix}.bin", mode="r", dtype=np.uint8)
+        tokens: np.ndarray = np.memmap(f"{prefix}.bin", mode="r", dtype=np.uint8)
         tokens = tokens[: tokens.size // dtype.itemsize * dtype.itemsize].view(dtype)
         for block in _sample(tokens, _SCANNED_BYTES // len(chosen)):
             low, high = int(block.min()), int(block.max())

@@ -1,6 +1,6 @@
 """Megatron's indexed dataset (``.bin`` and ``.idx``), written and read without Megatron's imports.
 
-The format is that of ``megatron.core.datasets.indexed_dataset``; the tests compare with its builder.
+The format is that of ``megatron.core.datasets.indexed_dataset``; the tests read with its classes.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def read_index(path: str | Path) -> Index:
         raise ValueError("cut short")
     content = np.memmap(path, mode="r", dtype=np.uint8)
     at = _HEADER.size
-    arrays = []
+    arrays: list[Any] = []
     for dtype, count in ((np.int32, sequences), (np.int64, sequences), (np.int64, documents)):
         arrays.append(np.frombuffer(content, dtype, count, at))
         at += arrays[-1].nbytes

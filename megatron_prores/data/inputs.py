@@ -1,4 +1,4 @@
-"""Reading documents: JSON lines, parquet, Hugging Face data sets, standard input; in bounded memory."""
+"""Reading documents in bounded memory: JSON lines, parquet, standard input, Hugging Face data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ CHUNK_BYTES = 1 << 18
 _READ_BYTES = 1 << 16
 _ROWS = 256
 _UTF8_BOM = b"\xef\xbb\xbf"
-_SUFFIXES = tuple(
-    name + packed for name in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")
-) + (".parquet",)
+_SUFFIXES = (
+    ".parquet",
+    *(name + packed for name in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")),
+)
 """What is taken from a directory."""
 
 
@@ -193,7 +194,9 @@ def read_chunks(
             problem = f"damaged or incomplete compressed file ({error})"
             yield Chunk(source, line, problem=problem)
         except OSError as error:
-            yield Chunk(source, line, problem=f"cannot be read: {error.strerror or one_line(error)}")
+            yield Chunk(
+                source, line, problem=f"cannot be read: {error.strerror or one_line(error)}"
+            )
         except ValueError as error:
             yield Chunk(source, line, problem=str(error))
 

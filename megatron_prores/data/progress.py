@@ -24,7 +24,11 @@ class Progress:
     """
 
     def __init__(
-        self, title: str, disk_bytes: int | None, log_interval: int | None = None, processes: int = 1
+        self,
+        title: str,
+        disk_bytes: int | None,
+        log_interval: int | None = None,
+        processes: int = 1,
     ) -> None:
         self.documents = 0
         self.tokens = 0

@@ -77,10 +77,10 @@ def build_text_tokenizer(args: argparse.Namespace) -> TextTokenizer:
     Raises:
         UserError: It cannot be built.
     """
-    plain = not (args.metadata_path or args.special_tokens)
+    plain = not (args.metadata_path or args.special_tokens or args.tokenizer_sentencepiece_legacy)
     if args.tokenizer_type == "NullTokenizer":
         return _numbers(args)
-    if args.tokenizer_type in SENTENCEPIECE_TYPES and plain and not args.tokenizer_sentencepiece_legacy:
+    if args.tokenizer_type in SENTENCEPIECE_TYPES and plain:
         return _sentencepiece(args)
     if args.tokenizer_type == "HuggingFaceTokenizer" and plain:
         found = _hugging_face(args)

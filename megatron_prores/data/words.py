@@ -1,8 +1,8 @@
 """SentencePiece word by word: the same ids, several times as fast.
 
-A BPE model joins neighbours only where the result is one of its pieces. Where no piece has a certain
-pair of characters, nothing is ever joined across such a pair, and the text before it and the text
-after it can be encoded by themselves. Texts repeat their words; each is encoded once.
+A BPE model joins neighbours only where the result is one of its pieces. Where no piece has a
+certain pair of characters, nothing is ever joined across such a pair, and the text before it and
+the text after it can be encoded by themselves. Texts repeat their words; each is encoded once.
 """
 
 from __future__ import annotations
@@ -88,12 +88,15 @@ class WordTokenizer:
             new = set(words)
         order = list(new)
         encoded = self._of_words.encode(order, num_threads=1)
-        known.update((w, np.array(e, self._dtype).tobytes()) for w, e in zip(order, encoded))
-        ids = b"".join(map(known.__getitem__, words))
+        known.update(
+            (word, np.array(ids, self._dtype).tobytes())
+            for word, ids in zip(order, encoded, strict=True)
+        )
+        joined = b"".join(map(known.__getitem__, words))
         for word in order:
             if len(word) > _LONGEST_WORD:
                 del known[word]
-        return ids
+        return joined
 
 
 def word_pattern(proto: Any) -> str:
