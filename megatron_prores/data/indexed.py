@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,9 @@ _DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 _BLOCK = 1 << 20
-"""Index entries written, or bytes copied, at once."""
+"""Index entries written at once."""
+_READ_BYTES = 1 << 22
+"""Token ids read at once; a longer document is read by itself."""
 
 ENDINGS = (".bin", ".idx")
 
@@ -157,22 +159,23 @@ def read_index(path: str | Path) -> Index:
     return Index(np.dtype(_DTYPES[code]), *arrays)
 
 
-def documents_of(prefix: str | Path, index: Index) -> Iterator[npt.NDArray[Any]]:
-    """Read the sequences of a dataset, one after the other, in little memory.
+def read_documents(
+    prefix: str | Path, index: Index
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]]:
+    """Read whole documents, a few megabytes at once.
 
     Args:
         prefix: The dataset's path without ending.
-        index: Its index.
+        index: Its index; it must be packed.
+
+    Yields:
+        Token ids of consecutive documents, and the length of each.
     """
+    first = 0
     with open(f"{prefix}.bin", "rb") as file:
-        for pointer, length in zip(index.pointers, index.lengths, strict=True):
-            if file.tell() != pointer:
-                file.seek(int(pointer))
-            yield np.frombuffer(file.read(int(length) * index.dtype.itemsize), index.dtype)
-
-
-def read_blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Read so many bytes, in blocks."""
-    while size > 0 and (block := file.read(min(size, _BLOCK))):
-        size -= len(block)
-        yield block
+        while first < len(index.lengths):
+            limit = index.pointers[first] + _READ_BYTES
+            end = max(first + 1, int(np.searchsorted(index.pointers, limit)))
+            lengths = np.array(index.lengths[first:end])
+            yield np.fromfile(file, index.dtype, int(lengths.sum(dtype=np.int64))), lengths
+            first = end

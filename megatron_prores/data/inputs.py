@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ _SUFFIXES = (
     *(name + packed for name in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")),
 )
 """What is taken from a directory."""
+_TEXT_COLUMN = re.compile(r"(large_)?(string|binary)|dictionary<values=(large_)?string.*")
 
 
 class BrokenLineError(ValueError):
@@ -327,7 +329,7 @@ def _parquet_chunks(each: Input, keys: Sequence[str]) -> Iterator[Chunk]:
                 if key not in schema.names:
                     raise ValueError(f"no column {key!r} (columns: {', '.join(schema.names)})")
                 kind = schema.field(key).type
-                if not any(word in str(kind) for word in ("string", "binary")):
+                if not _TEXT_COLUMN.fullmatch(str(kind)):
                     raise ValueError(f"column {key!r} is {kind}, not a string")
             total, first = file.metadata.num_rows, 1
             for batch in file.iter_batches(_ROWS, columns=list(keys), use_threads=False):

@@ -111,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     share = _share(args.shard)
     if args.output_dir is None and (args.shard or args.tokens_per_shard):
         raise UserError("--shard and --tokens-per-shard need --output-dir, not --output-prefix")
+    if args.output_dir is not None and args.overwrite:
+        raise UserError("--overwrite belongs to --output-prefix; choose another --output-dir")
     inputs = expand_inputs(args.input) if args.input else []
     check_tokenizer_arguments(args)
     outputs: list[Path] = []

@@ -7,20 +7,24 @@ tells what it was made from. A run makes what has no marker yet.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_prores.data.encode import Encoder, encode_in_order, start_worker
 from megatron_prores.data.inputs import STDIN, Chunk, Input, disk_size, read_chunks
-from megatron_prores.data.output import Output, Problems, dataset_path
+from megatron_prores.data.output import Output, Problems, Summary, dataset_path
 from megatron_prores.data.progress import Progress
 from megatron_prores.data.staging import BusyError, staging_directory
 from megatron_prores.errors import UserError
@@ -36,6 +40,10 @@ class Part:
 
     name: str
     """Of its files, without ``_{key}_document``."""
+    input: list[Any]
+    """Name and size of what it was made from."""
+    settings: str
+    """sha256 of the settings that it was made with."""
     first_line: int
     next_line: int
     """The line of the input at which the next part begins."""
@@ -91,6 +99,11 @@ class Shards:
                 break
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{self.directory / name}.json: not a marker of a shard") from error
+            if part.settings != self.digest or part.input != self.inputs[number]:
+                raise UserError(
+                    f"{self.directory / name}.json: this shard was made of another input "
+                    f"({part.input[0]}) or with other settings than {PLAN} tells; take it away"
+                )
             found.append(part)
         return found
 
@@ -99,15 +112,32 @@ class Shards:
         parts = self.parts(number)
         return bool(parts) and parts[-1].last
 
-    def finished_tokens(self) -> int:
-        """Return the tokens, over all keys, of the first inputs up to one that is missing."""
-        total = 0
+    def finished(self) -> Iterator[Part]:
+        """List the parts of the first inputs, in order, up to one that is missing."""
         for number in range(len(self.inputs)):
             parts = self.parts(number)
-            total += sum(sum(part.tokens.values()) for part in parts)
+            yield from parts
             if not (parts and parts[-1].last):
-                break
-        return total
+                return
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the sha256 of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def contents(self) -> str:
+        """Return how much there is, and what was left out, in words."""
+        parts = [self.parts(number) for number in range(len(self.inputs))]
+        whole = sum(bool(each) and each[-1].last for each in parts)
+        total = Summary()
+        for part in itertools.chain(*parts):
+            total.documents += part.documents
+            total.tokens += Counter(part.tokens)
+            total.left_out += Counter(part.left_out)
+        return (
+            f"{whole} of {len(parts)} inputs, {total.documents} documents, "
+            f"{total.tokens.total()} tokens; {total.what_was_left_out()}"
+        )
 
     def path(self, part: Part, key: str) -> Path:
         """Return the path of a part's dataset, without ending."""
@@ -176,7 +206,7 @@ class Job:
     encoder: Encoder
     tokens_per_shard: int | None = None
 
-    def make(self, number: int, workers: int, tell: Any) -> bool:
+    def make(self, number: int, workers: int, tell: Any, patient: bool = False) -> bool:
         """Make the parts of an input that are missing.
 
         Args:
@@ -184,6 +214,7 @@ class Job:
             workers: Processes that tokenize.
             tell: Called with documents, tokens, bytes of text and bytes of disk after each chunk;
                 raises to end the work.
+            patient: Wait for another process that is at it.
 
         Returns:
             Whether it is done; False: another process is at it.
@@ -193,7 +224,7 @@ class Job:
         """
         directory = self.shards.directory
         try:
-            with staging_directory(directory / f"{number:05d}") as staging:
+            with staging_directory(directory / f"{number:05d}", wait=patient) as staging:
                 done = self.shards.parts(number)  # Another process may have just finished it.
                 if done and done[-1].last:
                     return True
@@ -222,20 +253,21 @@ class Job:
                  result.text_bytes, result.disk_bytes)  # fmt: skip
             tokens = output.summary.tokens.total()
             if self.tokens_per_shard is not None and tokens >= self.tokens_per_shard:
-                self._publish(name, output, first, line, last=False)
+                self._publish(number, name, output, first, line, last=False)
                 part, first = part + 1, line
                 name = f"{number:05d}-{part:04d}"
                 output = Output(staging, self.shards.directory / name, self.encoder)
-        self._publish(name, output, first, line, last=True)
+        self._publish(number, name, output, first, line, last=True)
 
-    def _publish(self, name: str, output: Output, first: int, line: int, last: bool) -> None:
+    def _publish(
+        self, number: int, name: str, output: Output, first: int, line: int, last: bool
+    ) -> None:
         digests = output.finish()
         output.publish()
         done = output.summary
-        marker = Part(
-            name, first, line, last, done.documents, done.text_bytes, dict(done.tokens),
-            dict(done.left_out), digests,
-        )  # fmt: skip
+        made_from = self.shards.inputs[number], self.shards.digest
+        counts = done.documents, done.text_bytes, dict(done.tokens), dict(done.left_out)
+        marker = Part(name, *made_from, first, line, last, *counts, digests)
         with atomic_write(self.shards.directory / f"{name}.json") as file:
             json.dump(vars(marker), file, indent=1)
 
@@ -267,47 +299,49 @@ def make_shards(
 
     def numbers() -> Iterator[int]:
         for number in missing:
-            if stop_after is not None and job.shards.finished_tokens() >= stop_after:
+            have = (sum(part.tokens.values()) for part in job.shards.finished())
+            if stop_after is not None and sum(have) >= stop_after:
                 return
             yield number
 
-    busy = 0
     with Progress("tokenizing", size, log_interval, workers) as progress:
         if len(missing) < workers or workers == 1 or job.inputs[missing[0]].name == STDIN:
-            for number in numbers():
-                busy += not job.make(number, workers, progress)
-        elif missing:
+            busy = [each for each in numbers() if not job.make(each, workers, progress)]
+        else:
             busy = _in_processes(job, numbers(), workers, progress)
-    have = sum(map(job.shards.is_finished, range(len(job.inputs))))
-    left = f"; another process is at {busy} of them" if busy else ""
+        # Other processes have these. Should one of them die, its work is done here.
+        for number in busy:
+            job.make(number, workers, progress, patient=True)
     print(
         f"{progress.documents} documents, {progress.tokens} tokens in {progress.seconds:.1f} s "
-        f"({progress.megabytes_per_second:.1f} MB/s); {job.shards.directory} has {have} of "
-        f"{len(job.inputs)} inputs{left}"
+        f"({progress.megabytes_per_second:.1f} MB/s)"
     )
+    print(f"{job.shards.directory}: {job.shards.contents()}")
 
 
-def _in_processes(job: Job, numbers: Iterator[int], workers: int, progress: Progress) -> int:
-    """Make each input in a process; return how many another run is at."""
+def _in_processes(job: Job, numbers: Iterator[int], workers: int, progress: Progress) -> list[int]:
+    """Make each input in a process; return those that another run is at."""
     context = multiprocessing.get_context("fork")
     shared = context.Array("q", 5)
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start, initargs=(job, shared)
     )
-    running: set[Future[bool]] = set()
+    running: dict[Future[bool], int] = {}
     seen = [0, 0, 0, 0]
-    busy = 0
+    busy: list[int] = []
     try:
         while True:
             while len(running) < workers and (number := next(numbers, None)) is not None:
-                running.add(pool.submit(_make, number))
+                running[pool.submit(_make, number)] = number
             if not running:
                 return busy
-            done, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+            done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
             now = list(shared[:4])
             progress(*(a - b for a, b in zip(now, seen, strict=True)))
             seen = now
-            busy += sum(not future.result() for future in done)
+            busy += [running[each] for each in done if not each.result()]
+            for each in done:
+                del running[each]
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process died, most likely for lack of memory; "
