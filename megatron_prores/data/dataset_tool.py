@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             found.add_argument(
                 "datasets", nargs="+", metavar="DATASET",
-                help="path without .bin and .idx, or a directory of preprocess_data.py --output-dir",
+                help="path without .bin and .idx, or a directory of preprocess_data.py",
             )  # fmt: skip
             found.add_argument("--key", help="of shards with several: which (default: all)")
         if name in ("merge", "split"):

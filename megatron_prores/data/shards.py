@@ -246,17 +246,17 @@ class Job:
         name = f"{number:05d}-{part:04d}"
         output = Output(staging, self.shards.directory / name, self.encoder)
         for result in results:
-            problems.report(result.problems)
-            output.add(result)
-            line = result.next_line
-            tell(result.documents, sum(each.count for each in result.texts.values()),
-                 result.text_bytes, result.disk_bytes)  # fmt: skip
             tokens = output.summary.tokens.total()
             if self.tokens_per_shard is not None and tokens >= self.tokens_per_shard:
                 self._publish(number, name, output, first, line, last=False)
                 part, first = part + 1, line
                 name = f"{number:05d}-{part:04d}"
                 output = Output(staging, self.shards.directory / name, self.encoder)
+            problems.report(result.problems)
+            output.add(result)
+            line = result.next_line
+            tell(result.documents, sum(each.count for each in result.texts.values()),
+                 result.text_bytes, result.disk_bytes)  # fmt: skip
         self._publish(number, name, output, first, line, last=True)
 
     def _publish(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,13 @@ FILES, LEAST_FILES = 200, 24
 
 
 def write_files(directory: Path, count: int) -> list[Path]:
-    """Makes files of numbers, some compressed, one without text."""
+    """Makes files of 60 documents, but the sixth without text and the eighth of several chunks."""
     directory.mkdir()
     rng = random.Random(0)
     for number in range(count):
-        words = (" ".join(str(rng.randrange(99)) for _ in range(50)) for _ in range(60))
-        lines = jsonl(list(words)) if number != 5 else jsonl([""])
-        (directory / f"{number:03}.jsonl").write_bytes(lines)
+        words = [" ".join(str(rng.randrange(99)) for _ in range(50)) for _ in range(60)]
+        texts = {5: [""], 7: words * 60}.get(number, words)
+        (directory / f"{number:03}.jsonl").write_bytes(jsonl(texts))
     return sorted(directory.iterdir())
 
 
@@ -52,7 +54,7 @@ def test_a_run_that_is_killed_again_and_again_writes_what_an_undisturbed_one_doe
     kills = request.config.getoption("--kills")
     count = FILES if kills >= 20 else LEAST_FILES
     write_files(tmp_path / "in", count)
-    more = ["--workers", 2, "--tokens-per-shard", 1700]
+    more = ["--workers", 2, "--tokens-per-shard", 5000]
     subprocess.run(
         command(*arguments(tmp_path / "in", tmp_path / "whole", *more)), check=True, timeout=300
     )
@@ -69,7 +71,7 @@ def test_a_run_that_is_killed_again_and_again_writes_what_an_undisturbed_one_doe
         # At a number of finished shards, not of seconds; and a moment later, in the middle of one.
         goal = len(seen) + rng.randrange(max(1, count // (kills + 1)))
         while process.poll() is None and len(list(output.glob("*-*.json"))) < goal:
-            pass
+            time.sleep(0.002)
         try:
             process.wait(rng.random() / 50)
         except subprocess.TimeoutExpired:
@@ -80,17 +82,20 @@ def test_a_run_that_is_killed_again_and_again_writes_what_an_undisturbed_one_doe
         markers = {path.stem for path in output.glob("*-*.json")}
         assert seen <= markers
         for name in markers - seen:  # A marker is the last to come: what it names is whole.
-            marker = json.loads((output / f"{name}.json").read_text())
-            index = output / f"{name}_text_document.idx"
-            assert index.exists() == (marker["tokens"]["text"] > 0)
-            assert not index.exists() or read_dataset(index.with_suffix(""))
+            digests = json.loads((output / f"{name}.json").read_text())["digests"]["text"]
+            for ending, expected in digests.items():
+                path = output / f"{name}_text_document{ending}"
+                assert (
+                    not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() == expected
+                )
         seen = markers
         if process.returncode == 0:  # It was faster than the kill: from the start.
             shutil.rmtree(output)
             seen = set()
     subprocess.run(command(*arguments(tmp_path / "in", output, *more)), check=True, timeout=300)
     assert contents(output) == contents(tmp_path / "whole")
-    assert sum(counts(output)) == 60 * (count - 1) + 1
+    assert sum(counts(output)) == 60 * (count - 2) + 1 + 3600
+    assert [len(Shards.read(output).parts(n)) for n in (6, 7)] == [1, 3]
 
 
 def test_two_processes_that_share_a_directory_write_what_one_does(tmp_path: Path) -> None:
