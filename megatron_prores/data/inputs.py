@@ -151,6 +151,8 @@ def open_dataset(name: str, config: str | None, split: str, files: str | None) -
     """
     if not THIS_MACHINE.is_installed("datasets"):
         raise UserError("the package datasets is not installed: pip install 'datasets>=4'")
+    # Else it imports torch, for seconds, to make its data sets a class of torch's as well.
+    os.environ.setdefault("USE_TORCH", "NO")
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 

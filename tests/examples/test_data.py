@@ -108,7 +108,7 @@ def test_c4_is_prepared_in_as_many_starts_as_it_takes(corpora: Path, tmp_path: P
     assert "\n0 documents, 0 tokens in " in result.stdout
     check(tmp_path, "valid", documents("validation.0", 9000))
     check(tmp_path, "train", [text for n in range(9) for text in documents(f"train.{n}", 90_000)])
-    assert "train.shards: 1 of 9 inputs" in result.stdout
+    assert "train.shards: 2 of 9 inputs" in result.stdout
     assert len(written(tmp_path)) == 5
 
     before = written(tmp_path)
