@@ -26,7 +26,7 @@ from megatron_prores.data.encode import Encoder, encode_in_order, start_worker
 from megatron_prores.data.inputs import STDIN, Chunk, Input, disk_size, read_chunks
 from megatron_prores.data.output import Output, Problems, Summary, dataset_path
 from megatron_prores.data.progress import Progress
-from megatron_prores.data.staging import BusyError, staging_directory
+from megatron_prores.data.staging import BusyError, staging_directory, staging_path
 from megatron_prores.errors import UserError
 from megatron_prores.files import atomic_write
 
@@ -206,6 +206,10 @@ class Job:
     encoder: Encoder
     tokens_per_shard: int | None = None
 
+    def is_done(self, number: int) -> bool:
+        """Return whether an input is finished, and a run that was killed then has left nothing."""
+        return self.shards.is_finished(number) and not staging_path(self._output(number)).exists()
+
     def make(self, number: int, workers: int, tell: Any, patient: bool = False) -> bool:
         """Make the parts of an input that are missing.
 
@@ -224,7 +228,7 @@ class Job:
         """
         directory = self.shards.directory
         try:
-            with staging_directory(directory / f"{number:05d}", wait=patient) as staging:
+            with staging_directory(self._output(number), wait=patient) as staging:
                 done = self.shards.parts(number)  # Another process may have just finished it.
                 if done and done[-1].last:
                     return True
@@ -237,6 +241,9 @@ class Job:
         except OSError as error:
             raise UserError(f"--output-dir {directory}: cannot write: {error.strerror}") from error
         return True
+
+    def _output(self, number: int) -> Path:
+        return self.shards.directory / f"{number:05d}"
 
     def _write(
         self, number: int, part: int, line: int, results: Any, staging: Path, tell: Any
@@ -294,7 +301,7 @@ def make_shards(
         UserError: See :meth:`Job.make`; whatever was finished stays.
     """
     mine = range(share[0] - 1, len(job.inputs), share[1])
-    missing = [number for number in mine if not job.shards.is_finished(number)]
+    missing = [number for number in mine if not job.is_done(number)]
     size = disk_size([job.inputs[number] for number in missing])
 
     def numbers() -> Iterator[int]:

@@ -57,7 +57,7 @@ def staging_directory(final: Path, wait: bool = False) -> Iterator[Path]:
         UserError: The folder cannot be made or written.
         BusyError: Another run is writing the same output.
     """
-    staging = final.with_name(f".{final.name}.staging")
+    staging = staging_path(final)
     try:
         lock = _lock(staging, wait)
         for leftover in staging.iterdir() if lock is not None else ():
@@ -72,6 +72,11 @@ def staging_directory(final: Path, wait: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+
+
+def staging_path(final: Path) -> Path:
+    """Return the folder that :func:`staging_directory` makes for an output."""
+    return final.with_name(f".{final.name}.staging")
 
 
 def _lock(staging: Path, wait: bool) -> int | None:
