@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.tokens is not None and args.tokens < 1:
                 raise UserError(f"--tokens {args.tokens} must be at least 1")
             sources = find_sources(args.datasets, args.key, partial=args.tokens is not None)
-            if len({each.key for each in sources}) > 1:
+            if len({each.key for each in sources if each.part is not None}) > 1:
                 raise UserError("the shards have several keys: choose one with --key")
             tokens = merge(sources, args.output, args.tokens, args.overwrite)
             print(f"{args.output}: {tokens} tokens of {len(sources)} datasets")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_prores.data import dataset_tool, preprocess
+from megatron_prores.data import dataset_tool, preprocess, tokenizer
 from megatron_prores.errors import UserError
+from tests.refusals import REPOSITORY
 from tests.unit.preprocess_helpers import NULL_TOKENIZER, jsonl, read_dataset
 
 TEXTS = [" ".join(str((n * 7 + k) % 99) for k in range(n % 40 + 1)) for n in range(300)]
@@ -30,6 +35,31 @@ def shards(tmp_path: Path) -> Path:
 
 def tool(*words: object) -> None:
     dataset_tool.main([str(word) for word in words])
+
+
+def test_the_commands_of_the_page_run_in_order(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    page = (REPOSITORY / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"^```bash\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "data").mkdir()
+    texts = [f"the {n}th document, of {n * 7919} words" for n in range(900)]
+    for part in range(3):
+        table = pyarrow.table({"text": texts[part::3]})
+        parquet.write_table(table, tmp_path / "corpus" / f"{part}.parquet")
+    (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer.train_model(texts, 300))
+    result = subprocess.run(
+        ["bash", "-euc", block.replace(" tools/", f" {REPOSITORY}/tools/")],
+        env={**os.environ, "PYTHON": sys.executable},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 of 3 inputs, 900 documents" in result.stdout
+    train, valid = (read_dataset(tmp_path / "data" / f"all_{name}") for name in ("train", "valid"))
+    assert len(train) + len(valid) == 900
+    assert valid
 
 
 def test_shards_are_joined_to_what_one_run_writes(
