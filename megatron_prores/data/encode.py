@@ -172,12 +172,16 @@ def encode_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, most likely for lack of memory; "
-            f"try fewer than --workers {workers}"
-        ) from error
+        raise lost_worker(workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def lost_worker(workers: int) -> UserError:
+    """Return what to raise where one of so many worker processes has died."""
+    return UserError(
+        f"a worker process died, most likely for lack of memory; try fewer than --workers {workers}"
+    )
 
 
 _worker_encoder: Encoder

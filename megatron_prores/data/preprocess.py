@@ -13,14 +13,16 @@ from types import FrameType
 
 from megatron_prores.data.encode import Encoder, encode_in_order
 from megatron_prores.data.indexed import ENDINGS, with_suffix
-from megatron_prores.data.inputs import Input, disk_size, expand_inputs, open_dataset, read_chunks
+from megatron_prores.data.inputs import Input, disk_size, expand_inputs, open_dataset
+from megatron_prores.data.make_shards import Job, make_shards
 from megatron_prores.data.megatron_tokenizer import (
     add_tokenizer_arguments,
     check_tokenizer_arguments,
 )
 from megatron_prores.data.output import Output, Problems, Summary, dataset_path
 from megatron_prores.data.progress import Progress
-from megatron_prores.data.shards import Job, make_shards, open_shards
+from megatron_prores.data.readers import read_chunks
+from megatron_prores.data.shards import open_shards
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.data.text_tokenizer import build_text_tokenizer
 from megatron_prores.errors import Parser, UserError

@@ -22,10 +22,10 @@ from megatron_prores.data.inputs import (
     Input,
     disk_size,
     expand_inputs,
-    read_chunks,
     texts_of,
 )
 from megatron_prores.data.progress import Progress
+from megatron_prores.data.readers import read_chunks
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
 from megatron_prores.files import publish

@@ -14,7 +14,8 @@ import zstandard
 
 from megatron_prores.data import megatron_tokenizer, preprocess, tokenizer
 from megatron_prores.data.encode import encode_in_order
-from megatron_prores.data.inputs import Input, read_chunks
+from megatron_prores.data.inputs import Input
+from megatron_prores.data.readers import read_chunks
 from megatron_prores.errors import UserError
 from tests.unit.preprocess_helpers import (
     EOD,
