@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Joins, checks, counts, splits and mixes indexed datasets."""
+"""Joins, checks, counts and splits indexed datasets."""
 
 import _clone  # noqa: F401
 
