@@ -182,7 +182,7 @@ def test_no_torch_is_imported(kind: str, models: dict[str, bytes], tmp_path: Pat
     result = subprocess.run(
         [sys.executable, "-c", script, "--input", tmp_path / "in.jsonl", "--output-prefix",
          tmp_path / "out", "--tokenizer-type", kind, "--tokenizer-model", tmp_path / path],
-        cwd=TOOL.parents[1], capture_output=True, text=True, timeout=120,
+        cwd=TOOL.parents[1], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "set()"
