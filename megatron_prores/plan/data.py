@@ -18,8 +18,10 @@ from megatron_prores.errors import UserError
 from megatron_prores.plot import size_of
 from megatron_prores.training.gpt import dataset_config
 
+Drawn = list[dict[str, Any]]
 
-def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> list[dict]:
+
+def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> Drawn:
     """Return what training draws from each of its datasets.
 
     Args:
@@ -42,7 +44,7 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
     if blend is None:
         return []
     paths, weights = blend
-    have = [
+    have: list[float | None] = [
         None if machine.is_elsewhere(f"{path}.idx") else part * read_index(f"{path}.idx").tokens
         for path in paths
     ]
@@ -50,7 +52,9 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
         weights = [1.0]
     if weights is None:  # Megatron draws from each as much as it has.
         weights = None if None in have else have
-    shares = [None] * len(paths) if weights is None else [each / sum(weights) for each in weights]
+    shares: list[float | None] = [None] * len(paths)
+    if weights is not None:
+        shares = [each / sum(weights) for each in weights]
     return [
         {
             "path": path,
@@ -62,7 +66,7 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
     ]
 
 
-def data_warnings(args: argparse.Namespace, data: list[dict], tokens: int) -> list[str]:
+def data_warnings(args: argparse.Namespace, data: Drawn, tokens: int) -> list[str]:
     """Warn of datasets that end before the training does.
 
     Megatron repeats a single dataset, and those of a blend with weights; without weights it reads
