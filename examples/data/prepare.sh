@@ -11,7 +11,7 @@
 #   CORPUS         a directory with a copy of the repository, to read that instead
 #   TRAIN_FILES, VALID_FILES     files, directories or patterns to read instead, such as those of C4
 #                  where it has been brought before
-#   SHARD          I/N: one of N jobs that share DATA_DIR, each with its own I; when all are done, one
+#   SHARD          I/N: one of N jobs that run at once and share DATA_DIR, each with its own I; then one
 #                  start without it joins their shards
 #   WORKERS        processes that tokenize, else all cores
 #   PYTHON         else that of scripts/setup.sh; it needs the package datasets
