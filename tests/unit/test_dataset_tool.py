@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from megatron_prores.data import dataset_tool, preprocess, tokenizer
 from megatron_prores.errors import UserError
 from tests.refusals import REPOSITORY
-from tests.unit.preprocess_helpers import NULL_TOKENIZER, jsonl, read_dataset
+from tests.unit.preprocess_helpers import NULL_TOKENIZER, TOOL, jsonl, read_dataset
 
 TEXTS = [" ".join(str((n * 7 + k) % 99) for k in range(n % 40 + 1)) for n in range(300)]
 TEXTS[200:210] = TEXTS[:10]
@@ -60,6 +61,30 @@ def test_the_commands_of_the_page_run_in_order(tmp_path: Path) -> None:
     train, valid = (read_dataset(tmp_path / "data" / f"all_{name}") for name in ("train", "valid"))
     assert len(train) + len(valid) == 900
     assert valid
+
+
+def test_the_study_of_speed_compares_the_files_of_its_sides(tmp_path: Path) -> None:
+    texts = [f"the {n}th document, of {n * 7919} words" for n in range(90)]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(texts))
+    (tmp_path / "t.model").write_bytes(tokenizer.train_model(texts, 300))
+    (tmp_path / "other.py").write_text(
+        f"import subprocess, sys\nsys.argv[1:] = [{str(TOOL)!r}, *sys.argv[1:]]\n"
+        "sys.argv[1:] = [word for word in sys.argv[1:] if word != '--append-eod']\n"
+        "sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-m", "studies.data_speed", "--input", "in.jsonl", "--rounds", "1",
+               "--tokenizer-model", "t.model", "--no-loop", "--against"]  # fmt: skip
+    run = partial(
+        subprocess.run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    same = run([*command, str(TOOL)])
+    assert same.returncode == 0, same.stderr
+    assert f"\n{TOOL}: " in same.stdout
+    assert "times the seconds of this tool" in same.stdout
+    other = run([*command, "other.py"])
+    assert other.returncode == 2
+    assert other.stderr == "error: these wrote different files: this tool, other.py\n"
 
 
 def test_shards_are_joined_to_what_one_run_writes(
