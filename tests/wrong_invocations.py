@@ -769,7 +769,7 @@ FROM_OUTSIDE = (
     *("plot run: no logs there", "compare runs: no run there"),
     *("benchmark: no GPU", "export: no checkpoint there"),
     *("import: no model there", "generate: no temperature", "evaluate: no steps between"),
-    *("cosine: no text there", "hub: no command"),
+    *("cosine: no text there", "hub: no command", "dataset: nothing there"),
     *("checkpoint: nothing there", "doctor: unknown need", "plan: no world size"),
 )  # fmt: skip
 """Names of rows that are started as whole programs."""
