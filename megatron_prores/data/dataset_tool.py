@@ -243,7 +243,7 @@ def _draw(lengths: Any, picture: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, np.geomspace(max(1, lengths.min()), lengths.max() + 1, 60))
+    axes.hist(lengths, np.geomspace(max(1, lengths.min()), lengths.max() + 1, 60).tolist())
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
     with atomic_write(picture, "wb") as file:
         figure.savefig(file, format="png")

@@ -111,9 +111,10 @@ class Job:
         digests = output.finish()
         output.publish()
         done = output.summary
-        made_from = self.shards.inputs[number], self.shards.digest
-        counts = done.documents, done.text_bytes, dict(done.tokens), dict(done.left_out)
-        marker = Part(name, *made_from, first, line, last, *counts, digests)
+        marker = Part(
+            name, self.shards.inputs[number], self.shards.digest, first, line, last,
+            done.documents, done.text_bytes, dict(done.tokens), dict(done.left_out), digests,
+        )  # fmt: skip
         with atomic_write(self.shards.directory / f"{name}.json") as file:
             json.dump(vars(marker), file, indent=1)
 
