@@ -111,12 +111,7 @@ class Encoder:
 
     def _checked_size(self, key: str, text: str) -> int:
         """Return a text's bytes of UTF-8."""
-        try:
-            size = len(text) if text.isascii() else len(text.encode())
-        except UnicodeEncodeError as error:
-            raise BrokenLineError(
-                f"key {key!r} holds half of a surrogate pair", "half of a surrogate pair"
-            ) from error
+        size = len(text) if text.isascii() else len(text.encode())
         if self.max_bytes is not None and size > self.max_bytes:
             raise BrokenLineError(
                 f"key {key!r} has {size} bytes, above --max-document-bytes {self.max_bytes}",

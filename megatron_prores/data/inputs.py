@@ -170,7 +170,8 @@ def texts_of(line: dict[str, Any] | bytes, keys: Sequence[str]) -> dict[str, str
         The text of every key, or None for a blank line.
 
     Raises:
-        BrokenLineError: The line is not UTF-8, not a JSON object, or lacks the text of a key.
+        BrokenLineError: The line is not UTF-8, not a JSON object, or lacks the text of a key; or
+            that is no text: half of a surrogate pair, which each tokenizer trips over in its way.
     """
     document = line if isinstance(line, dict) else _parse(line)
     if document is None:
@@ -190,6 +191,13 @@ def texts_of(line: dict[str, Any] | bytes, keys: Sequence[str]) -> dict[str, str
             raise BrokenLineError(
                 f"key {key!r} is {type(text).__name__}, not a string", "not a string"
             )
+        if isinstance(line, bytes) and b"\\u" in line:  # UTF-8 has none, but JSON's escapes do
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise BrokenLineError(
+                    f"key {key!r} holds half of a surrogate pair", "half of a surrogate pair"
+                ) from error
         texts[key] = text
     return texts
 

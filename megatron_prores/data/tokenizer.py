@@ -67,7 +67,7 @@ def read_texts(inputs: Sequence[Input], key: str) -> Iterator[str]:
                     if document is None:
                         continue
                     size += len(document[key].encode())
-                except (BrokenLineError, UnicodeEncodeError) as error:
+                except BrokenLineError as error:
                     raise UserError(f"{chunk.source}:{line_number}: {error}") from error
                 has_text = has_text or bool(document[key].strip())
                 yield document[key]
