@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from functools import partial
@@ -174,10 +175,11 @@ def test_counts(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tokens, text = sum(map(len, IDS)), sum(map(len, TEXTS))
     copies = len(IDS) - len(set(map(tuple, IDS)))
     assert copies >= 10
+    parts = statistics.quantiles(map(len, IDS), n=20, method="inclusive")
     assert report.splitlines() == [
         f"300 documents, {tokens} tokens",
-        f"tokens of a document: {tokens / 300:.1f} on average, 2 to 41; median 22, 5 % below 3, "
-        "5 % above 40",
+        f"tokens of a document: {tokens / 300:.1f} on average, 2 to 41; median {parts[9]:.0f}, "
+        f"5 % below {parts[0]:.0f}, 5 % above {parts[18]:.0f}",
         f"{copies} documents are copies of others ({100 * copies / 300:.2f} %)",
         f"{text} bytes of text: {tokens / text:.4f} tokens per byte",
     ]
