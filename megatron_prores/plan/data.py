@@ -44,8 +44,10 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
     if blend is None:
         return []
     paths, weights = blend
-    have: list[float | None] = [
-        None if machine.is_elsewhere(f"{path}.idx") else part * read_index(f"{path}.idx").tokens
+    have: list[int | None] = [
+        None
+        if machine.is_elsewhere(f"{path}.idx")
+        else round(part * read_index(f"{path}.idx").tokens)
         for path in paths
     ]
     if weights is None and len(paths) == 1:
@@ -59,7 +61,7 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
         {
             "path": path,
             "share": share,
-            "tokens": None if there is None else round(there),
+            "tokens": there,
             "epochs": None if not there or share is None else share * tokens / there,
         }
         for path, share, there in zip(paths, shares, have, strict=True)
