@@ -24,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="What they are drawn from. Default: 1.",
     )
+    group = parser.getgroup("data", "tests/unit/test_shards.py")
+    group.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        metavar="N",
+        help="How often to kill the run that prepares files; 20 take more files. Default: 3.",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

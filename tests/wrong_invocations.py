@@ -40,6 +40,10 @@ TOKENIZE = f"--input {{w}}/text.jsonl --output-prefix out {_NULL} --workers 1"
 """A run of preprocess_data.py that works."""
 
 
+SHARD = f"--input {{w}}/text.jsonl --output-dir shards {_NULL} --workers 1"
+"""The same, to a directory of shards."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One wrong invocation."""
@@ -625,7 +629,28 @@ _PREPROCESS = tuple(
         ("no input", f"--output-prefix out {_NULL}", ("--input",)),
         ("unknown flag", f"{TOKENIZE} --shuffle", ("--shuffle",)),
         ("input not there", f"{TOKENIZE} --input no.jsonl", ("--input no.jsonl: no such file",)),
-        ("input a directory", f"{TOKENIZE} --input {{w}}", ("--input", "is a folder")),
+        ("input a directory without text", f"{TOKENIZE} --input {{w}}/folder.csv",
+         ("folder.csv: no file in this directory ends with .jsonl", ".parquet")),
+        ("standard input twice", f"{TOKENIZE} --input - -", ("--input - can be given only once",)),
+        ("input and data set", f"{TOKENIZE} --dataset json", ("--dataset", "--input")),
+        ("data set not there", f"--dataset {{w}}/none --output-prefix out {_NULL}",
+         ("--dataset", "none", "cannot be read")),
+        ("data set without the column",
+         f"--dataset csv --dataset-files {{w}}/alpha.csv --output-prefix out {_NULL}",
+         ("no column 'text' (step, 1, 2)",)),
+        ("no output", f"--input {{w}}/text.jsonl {_NULL}", ("--output-prefix --output-dir",)),
+        ("share of nothing", f"{SHARD} --shard 0/4", ("--shard 0/4", "3/8")),
+        ("share past the last", f"{SHARD} --shard 5/4", ("--shard 5/4", "I from 1 to N")),
+        ("share of one output", f"{TOKENIZE} --shard 1/4", ("--shard", "--output-dir")),
+        ("shards without tokens", f"{SHARD} --tokens-per-shard 0", ("--tokens-per-shard 0",)),
+        ("shards over others", f"{SHARD} --overwrite", ("--overwrite", "--output-dir")),
+        ("shards below a file", f"{SHARD} --output-dir {{w}}/text.jsonl/out",
+         ("--output-dir", "text.jsonl/out", "cannot write")),
+        ("documents of no length", f"{TOKENIZE} --max-document-bytes 0",
+         ("--max-document-bytes 0",)),
+        ("document too long", f"{TOKENIZE} --max-document-bytes 3",
+         ("text.jsonl:1: key 'text' has 8 bytes, above --max-document-bytes 3", "--on-error")),
+        ("what to do at an error unknown", f"{TOKENIZE} --on-error ask", ("--on-error", "skip")),
         ("input empty", f"{TOKENIZE} --input {{w}}/empty.model", ("no document", "'text'")),
         ("input not JSON", f"{TOKENIZE} --input {{w}}/alpha.csv", ("alpha.csv:1: not JSON",)),
         ("input binary", f"{TOKENIZE} --input {{w}}/good.bin", ("good.bin:1: ",)),
@@ -718,10 +743,25 @@ _OTHER_TOOLS = (
     Row("evaluate: no steps between", "--load {w}/saved --tasks piqa --every 0",
         ("--every 0", "at least 1"), "tools/evaluate.py"),
     Row("hub: no command", "", ("command",), "tools/hub.py"),
-    Row("hub: file not there", "text --dataset json --data-files {w}/no.jsonl",
-        ("--dataset json", "no.jsonl"), "tools/hub.py"),
-    Row("hub: no text in it", "text --dataset csv --data-files {w}/alpha.csv",
-        ("--dataset csv", "no column 'text'"), "tools/hub.py"),
+    *(
+        Row(f"dataset: {name}", argv, words, "tools/dataset.py")
+        for name, argv, words in (
+            ("no command", "", ("command",)),
+            ("nothing there", "stats {w}/none", ("dataset", "none.bin")),
+            ("cut short", "verify {w}/cut_bin", ("cut_bin",)),
+            ("no shards in a directory", "merge {w}/folder.csv --output out",
+             ("folder.csv", "shards.json", "--output-dir")),
+            ("ids of two kinds", "merge {w}/good {w}/negative --output out", ("int32", "uint16")),
+            ("an id below 0", "verify {w}/negative --vocab-size 340", ("token id -1", "340")),
+            ("output there already", "merge {w}/good --output {w}/there_text_document",
+             ("there_text_document.bin already exists", "--overwrite")),
+            ("no tokens", "merge {w}/good --output out --tokens 0", ("--tokens 0", "at least 1")),
+            ("too few tokens", "merge {w}/good --output out --tokens 9999",
+             ("--tokens 9999: there are only 1000",)),
+            ("no such part", "split {w}/good --output out --fraction 1", ("--fraction 1",)),
+            ("no picture", "stats {w}/good --picture lengths.jpg", ("lengths.jpg", ".png")),
+        )
+    ),
     Row("checkpoint: no command", "", ("command",), CHECKPOINT),
     Row("checkpoint: unknown command", "repair {w}", ("repair", "verify"), CHECKPOINT),
     Row("checkpoint: nothing there", "list /nowhere/saved", ("/nowhere/saved",), CHECKPOINT),
@@ -764,6 +804,11 @@ _PLAN = tuple(
          ("--picture plan.jpg", ".png")),
         ("picture into nowhere", f"--world-size 8 --picture /nowhere/plan.png -- {MOCK}",
          ("--picture /nowhere/plan.png", "/nowhere")),
+        ("a cache of no data", f"--world-size 8 --prepare-cache -- {MOCK}",
+         ("--prepare-cache", "--mock-data")),
+        ("a cache of data elsewhere",
+         f"--world-size 8 --prepare-cache -- {TEXT} --train-data-path /nowhere/data",
+         ("--prepare-cache: --train-data-path /nowhere/data is not here",)),
         ("JSON with a value", f"--world-size 8 --json yes -- {MOCK}", ("yes",)),
         ("a flag of the program, misspelt", f"--world-size 8 -- {MOCK} --prores-shedule linear",
          ("--prores-shedule",)),
@@ -796,7 +841,7 @@ FROM_OUTSIDE = (
     *("benchmark: no GPU", "export: no checkpoint there"),
     *("import: no model there", "hybrid to GPT: no checkpoint there"),
     *("generate: no temperature", "evaluate: no steps between"),
-    *("cosine: no text there", "hub: no command"),
+    *("cosine: no text there", "hub: no command", "dataset: nothing there"),
     *("checkpoint: nothing there", "doctor: unknown need", "plan: no world size"),
 )  # fmt: skip
 """Names of rows that are started as whole programs."""

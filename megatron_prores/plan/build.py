@@ -22,6 +22,7 @@ from megatron_prores.config import ProResConfig
 from megatron_prores.depth import depths_of, total_depth
 from megatron_prores.errors import UserError
 from megatron_prores.launch.gpu_flags import Setup, missing
+from megatron_prores.plan.data import data_warnings, drawn, prepare_cache
 from megatron_prores.plan.groups import lay_out
 from megatron_prores.plan.layout import divisions, layout_warnings
 from megatron_prores.plan.memory import estimate
@@ -48,7 +49,11 @@ _COLUMNS = 400
 
 
 def build_plan(
-    device: str, gpus_per_node: int, time_limit: float | None, seconds_per_step: float | None
+    device: str,
+    gpus_per_node: int,
+    time_limit: float | None,
+    seconds_per_step: float | None,
+    with_cache: bool,
 ) -> Plan:
     """Plan the command line in ``sys.argv`` for the world of the environment.
 
@@ -80,6 +85,7 @@ def build_plan(
         if prores.enabled:
             unit, opening_steps = prores.unit, prores.opening_steps(num_layers)
         openings = timeline.steps_at(opening_steps, unit)
+        data = drawn(args, timeline.tokens, machine)
         warnings = advice(
             args,
             prores,
@@ -87,6 +93,9 @@ def build_plan(
             seconds_per_step=seconds_per_step,
             time_limit=time_limit,
         ) + layout_warnings(args, groups["tensor"], gpus_per_node)
+        warnings += data_warnings(args, data, timeline.tokens)
+        tokenizer = global_vars.get_tokenizer()
+        cache = prepare_cache(args, tokenizer, machine) if with_cache else None
         return Plan(
             world_size=args.world_size,
             layout=_layout(args),
@@ -102,6 +111,8 @@ def build_plan(
             layer_map=layer_map(reports, opening_steps, unit),
             table=table(reports) if args.world_size <= _TABLE_RANKS else None,
             training=_training(args, timeline),
+            data=data,
+            cache=cache,
             warmup={
                 "schedule": prores.schedule,
                 "length": prores.total_warmup(num_layers) if prores.enabled else None,
