@@ -24,6 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="What they are drawn from. Default: 1.",
     )
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=50,
+        metavar="N",
+        help="How many files tests/unit/test_mutated_files.py changes. Default: 50.",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,9 +5,9 @@
     python tests/soak.py --work soak --picture soak.png
 
 One rank behind the launcher, with a data worker, an evaluation and a checkpoint every 500
-iterations, in every other start with ``--async-save``. Each start ends by SIGTERM, with code 75, and
-the next one goes on. Prints a row per start. Exit code 0: every start ended as it should, each went
-on where the one before had saved, and nothing grew; else 1.
+iterations, in every other start with ``--async-save``. Each start ends by SIGTERM, with code 75,
+and the next one goes on. Prints a row per start. Exit code 0: every start ended as it should, each
+went on where the one before had saved, and nothing grew; else 1.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def draw(starts: list[Start], path: Path) -> None:
         "threads": "threads",
         "step_ms": "ms per step",
     }
-    for axes, (value, title) in zip(figure.subplots(4, 1, sharex=True), titles.items(), strict=True):
+    for axes, (value, title) in zip(
+        figure.subplots(4, 1, sharex=True), titles.items(), strict=True
+    ):
         for start in starts:
             axes.plot(*zip(*start.rows(value), strict=True), lw=1, color="#2a6f97")
             axes.axvline(start.last, color="#d1495b", lw=0.6)

@@ -235,4 +235,5 @@ def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
 def _is_unreadable(error: BaseException) -> bool:
     kinds = (pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile)
     words = (json.JSONDecodeError, UnicodeDecodeError)
-    return isinstance(error, (*kinds, *words)) or "PytorchStreamReader" in str(error)
+    torchs = ("PytorchStreamReader", "metadata read failed")
+    return isinstance(error, (*kinds, *words)) or any(each in str(error) for each in torchs)

@@ -24,7 +24,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_prores.upstream.registry import replace
 
@@ -102,9 +108,29 @@ def read_index(path: os.PathLike[str]) -> Metadata:
             raise
         except Exception as error:  # a damaged pickle fails in any way
             raise RefusedError(f"unreadable: {describe(error)}") from error
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+    if not isinstance(index, Metadata) or not _is_complete(index):
         raise RefusedError("unreadable: not the index of a checkpoint")
     return index
+
+
+def _is_complete(index: Metadata) -> bool:
+    """Whether an index has what its readers take for granted."""
+    try:
+        places = index.storage_data.items()
+        return all(
+            isinstance(kind, (TensorStorageMetadata, BytesStorageMetadata))
+            for kind in index.state_dict_metadata.values()
+        ) and all(
+            (type(key), type(place)) == (MetadataIndex, _StorageInfo)
+            and key.fqn in index.state_dict_metadata
+            and isinstance(place.relative_path, str)
+            and isinstance(place.offset, int)
+            and isinstance(place.length, int)
+            and min(place.offset, place.length) >= 0
+            for key, place in places
+        )
+    except (AttributeError, TypeError):  # also of what is no dictionary
+        return False
 
 
 class _StandIn:

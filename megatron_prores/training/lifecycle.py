@@ -20,7 +20,7 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
-from megatron_prores.training.bad_numbers import report_bad_numbers
+from megatron_prores.training.bad_numbers import report_bad_numbers, report_different_weights
 from megatron_prores.training.save_lock import SaveLock
 from megatron_prores.upstream.async_writer import end_writers_with_training
 from megatron_prores.upstream.registry import wrap
@@ -175,6 +175,7 @@ def installed(args: Any) -> contextlib.AbstractContextManager[None]:
             nothing to save or to lock, and signals end the run at once, as ever.
     """
     report_bad_numbers()
+    report_different_weights()
     if not args.save or args.skip_train:
         return contextlib.nullcontext()
     run = Lifecycle(args)
