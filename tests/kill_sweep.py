@@ -39,7 +39,7 @@ if __name__ == "__main__":
     # The fork server that starts the ranks finds the project as well.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
-from megatron_prores.checkpoint.reader import tracked
+from megatron_prores.checkpoint.newest import newest
 from tests.distributed import kill_points
 from tests.distributed.kill_points import POINTS, StopAt
 from tests.distributed.launch import MAIN_PROGRAM, start_job, start_ranks
@@ -159,7 +159,8 @@ def kill_table(outcomes: list[Outcome]) -> str:
 
 def completed(save: Path) -> int:
     """Reads the last completed checkpoint, as a run does; 0: none."""
-    return int(tracked(save) or 0)
+    found = newest(save)
+    return 0 if found is None else int(found.iteration or 0)
 
 
 class Sweep:

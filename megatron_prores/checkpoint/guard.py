@@ -7,6 +7,7 @@ they are gone is the user's to say. Nothing is ever deleted.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -21,13 +22,9 @@ import torch
 
 from megatron_prores.checkpoint import manifest, safe_load, saving, te_state
 from megatron_prores.checkpoint.manifest import DamagedError, Manifest
+from megatron_prores.checkpoint.newest import Newest, is_there, to_load
 from megatron_prores.checkpoint.reader import (
-    FORMAT,
-    TRACKER,
-    StoredCheckpoint,
-    iteration_name,
     iterations,
-    tracked,
 )
 from megatron_prores.checkpoint.saving import REMOTE, cause_of
 from megatron_prores.checkpoint.verify import newest_intact, surface_damage
@@ -56,6 +53,7 @@ def install() -> None:
     wrap(dist_checkpointing, "save", needs, saving.save)
     wrap(FileSystemWriterAsync, "write_preloaded_data", ("write_bucket",), saving.keep_reason)
     wrap(checkpointing, "_load_base_checkpoint", ("load_dir", "args", "rank0"), _load)
+    wrap(checkpointing, "checkpoint_exists", ("checkpoints_path",), _exists)
     wrap(training, "save_checkpoint", ("iteration",), saving.report_failure)
     noted = ("tracker_filename", "iteration")
     wrap(wandb_utils, "on_save_checkpoint_success", noted, saving.tell_wandb)
@@ -83,57 +81,21 @@ def check_paths(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
     ):
         if root is None or root.startswith(REMOTE):
             continue
-        directory = None
+        choice, damage = None, []
         try:
-            directory = to_load(Path(root), args.ckpt_step)
-            damage = surface_damage(directory) if directory is not None else []
+            choice = to_load(Path(root), args.ckpt_step)
+            if choice is not None:
+                damage = surface_damage(choice.directory)
         except DamagedError as error:
             damage = [str(error)]
         if damage and target.is_elsewhere(root):
             target.note(f"{root}: not here; no checkpoint was looked at")
         elif damage:
-            _stop_alone(f"{flag} {root}", Path(root), directory, damage)
-        if directory is not None:
+            _stop_alone(f"{flag} {root}", Path(root), choice and choice.directory, damage)
+        if choice is not None:
+            if choice.note and _rank() == 0:
+                print(f"> {flag} {root}: {choice.note}", flush=True)
             return
-
-
-def to_load(root: Path, step: int | None) -> Path | None:
-    """Return the checkpoint that Megatron is going to load.
-
-    Args:
-        root: What ``--load`` names.
-        step: ``--ckpt-step``.
-
-    Returns:
-        Its directory, which may be missing; None where there is no checkpoint.
-
-    Raises:
-        DamagedError: The tracker file is damaged, or missing beside finished checkpoints: Megatron
-            would begin from the first iteration, and overwrite them.
-    """
-    if step:
-        return root / iteration_name(step)
-    if (newest := tracked(root)) is not None:
-        return root / iteration_name(newest)
-    if root.is_dir() and any(_is_finished(directory) for directory in iterations(root).values()):
-        raise DamagedError(f"{TRACKER} is missing, though there are checkpoints")
-    return None
-
-
-def _is_finished(directory: Path) -> bool:
-    """Whether a checkpoint was saved to its end.
-
-    One without a manifest, of a run of ours, is the first one, whose saving was interrupted before
-    the tracker file was written: nothing was lost but it.
-    """
-    if (directory / manifest.NAME).exists():
-        return True
-    if not (directory / FORMAT).exists():
-        return False
-    try:
-        return not hasattr(StoredCheckpoint(directory).args, "prores_schedule")
-    except DamagedError:
-        return True
 
 
 def _verdict(flag: str, root: Path, directory: Path | None, damage: list[str]) -> str:
@@ -204,6 +166,12 @@ def verify_together(flag: str, root: Path, directory: Path, hashes: bool) -> Non
 _verified: set[Path] = set()
 
 
+def _exists(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
+    """Say that there is a checkpoint also where the tracker file is yet to be written."""
+    root = named["checkpoints_path"]
+    return stock() or (root is not None and not root.startswith(REMOTE) and is_there(Path(root)))
+
+
 def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
     """Verify a checkpoint before it is loaded, and say in one line what cannot be read."""
     args, root = named["args"], named["load_dir"]
@@ -211,16 +179,21 @@ def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
         return stock()
     flag = ("--load " if root == args.load else "--pretrained-checkpoint ") + root
     try:
-        directory = to_load(Path(root), getattr(args, "ckpt_step", None))
+        choice = _agreed(Path(root), getattr(args, "ckpt_step", None))
     except DamagedError as error:
         _stop_alone(flag, Path(root), None, [str(error)])
-    if directory is None:
+    if choice is None:
         return stock()
+    directory = choice.directory
     if torch.distributed.is_initialized() and directory not in _verified:
         verify_together(flag, Path(root), directory, args.prores_verify_checkpoint == "hashes")
         _verified.add(directory)
+    if choice.note:
+        # Megatron itself knows no newer one than the tracker file names.
+        args = copy.copy(args)
+        args.ckpt_step = choice.iteration
     try:
-        return stock()
+        return stock(args=args)
     except BaseException as error:  # torch's CheckpointException is no Exception
         cause = cause_of(error)
         if not _is_unreadable(cause):
@@ -230,6 +203,22 @@ def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
             # Perhaps only here; errors of other ranks are else not shown.
             print(f"error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
         raise UserError(message) from error
+
+
+def _agreed(root: Path, step: int | None) -> Newest | None:
+    """Choose the checkpoint to load, on rank 0 for all: a file server may show others less."""
+    if not torch.distributed.is_initialized():
+        return to_load(root, step)
+    choice: list[Newest | DamagedError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            choice = [to_load(root, step)]
+        except DamagedError as error:
+            choice = [error]
+    torch.distributed.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], DamagedError):
+        raise choice[0]
+    return choice[0]
 
 
 def _is_unreadable(error: BaseException) -> bool:

@@ -74,14 +74,21 @@ def file_names(directory: Path) -> list[str]:
     )
 
 
-def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
+def write(directory: Path, manifest: Manifest, name: str = NAME, order: int = 0) -> None:
     """Write the manifest of a finished checkpoint, or a part of it; all of it or nothing.
+
+    Args:
+        directory: Of one iteration.
+        manifest: Its files.
+        name: Of the manifest, or of a part.
+        order: The place of the checkpoint in the order of saving, from 1; 0: not known.
 
     Raises:
         OSError: It cannot be written.
     """
     content = {
         "algorithm": _ALGORITHM,
+        "order": order,
         "files": {file: manifest[file].sha256 for file in sorted(manifest)},
         "sizes": {file: manifest[file].size for file in sorted(manifest)},
     }
@@ -116,6 +123,25 @@ def read(directory: Path, name: str = NAME) -> Manifest | None:
         # Names only: nothing outside of the checkpoint is opened.
         raise DamagedError(f"{name} is not a manifest")
     return manifest
+
+
+def order(directory: Path) -> int | None:
+    """Read the place of a checkpoint among those beside it, in the order of saving.
+
+    Returns:
+        From 1; 0 where the manifest does not say; None where there is none that can be read.
+    """
+    try:
+        content = json.loads((directory / NAME).read_bytes())
+        place = content.get("order", 0) if content["files"] else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+    return place if isinstance(place, int) and place >= 0 else None
+
+
+def next_order(root: Path) -> int:
+    """Return the place in the order of saving of the checkpoint that is saved next."""
+    return 1 + max((order(directory) or 0 for directory in root.glob("iter_*")), default=0)
 
 
 def wrong_sizes(directory: Path, manifest: Manifest) -> list[str]:

@@ -76,16 +76,6 @@ def tracked(root: Path) -> int | str | None:
     return RELEASE if text == RELEASE else int(text)
 
 
-def newest_name(root: Path) -> str | None:
-    """Return the name of the directory that the tracker file points to.
-
-    Raises:
-        DamagedError: As :func:`tracked`.
-    """
-    newest = tracked(root)
-    return None if newest is None else iteration_name(newest)
-
-
 def is_iteration(directory: Path) -> bool:
     """Whether a directory is that of one iteration, by its name."""
     return directory.name == RELEASE or directory.name.removeprefix("iter_").isdigit()

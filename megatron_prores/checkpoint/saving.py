@@ -15,7 +15,8 @@ import torch
 
 from megatron_prores.checkpoint import manifest, safe_load
 from megatron_prores.checkpoint.manifest import DamagedError, Manifest
-from megatron_prores.checkpoint.reader import FORMAT, tracked
+from megatron_prores.checkpoint.newest import newest
+from megatron_prores.checkpoint.reader import FORMAT
 from megatron_prores.checkpoint.verify import newest_intact
 from megatron_prores.errors import StopRun
 from megatron_prores.files import sync
@@ -100,7 +101,8 @@ def write_together(directory: Path) -> None:
         try:
             if (form := directory / FORMAT).exists():
                 sync(form)  # the only file that neither Megatron nor torch waits for
-            manifest.write(directory, {name: e for part, _ in shares for name, e in part.items()})
+            whole = {name: entry for part, _ in shares for name, entry in part.items()}
+            manifest.write(directory, whole, order=manifest.next_order(directory.parent))
             for part in directory.glob(f"{_part('*')}*"):
                 part.unlink(missing_ok=True)
         except OSError as error:
@@ -203,12 +205,13 @@ def _is_tracked(tracker: Path, iteration: int) -> bool:
 
 def _kept(root: Path) -> str:
     try:
-        newest = tracked(root)
+        complete = newest(root)
+        iteration = None if complete is None else complete.iteration
     except DamagedError:
-        newest = newest_intact(root)
-    if newest is None:
+        iteration = newest_intact(root)
+    if iteration is None:
         return "No checkpoint was complete before it"
-    return f"The last complete one is that of iteration {newest}; nothing was deleted"
+    return f"The last complete one is that of iteration {iteration}; nothing was deleted"
 
 
 def cause_of(error: BaseException) -> BaseException:

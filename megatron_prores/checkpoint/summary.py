@@ -130,12 +130,17 @@ def warmup_of(args: Namespace, iteration: int) -> Warmup:
     return warmup
 
 
-def as_text(summary: Summary, newest: bool) -> str:
-    """Write a summary for people, on two or three lines."""
+def as_text(summary: Summary, newest_by: str = "") -> str:
+    """Write a summary for people, on two or three lines.
+
+    Args:
+        summary: Of one checkpoint.
+        newest_by: What says that it is the newest; empty where it is not.
+    """
     size = human_size(summary.size)
     layout = ", ".join(f"{name} {value}" for name, value in summary.layout.items())
     head = f"{summary.name}: {size} in {summary.files} files" + (f"; {layout}" if layout else "")
-    lines = [head + ("; the newest, by the tracker file" if newest else "")]
+    lines = [head + (f"; the newest, by {newest_by}" if newest_by else "")]
     if summary.damage:
         lines.append(f"  DAMAGED OR UNFINISHED: {summary.damage[0]}")
         return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prores.checkpoint import safe_load
 from megatron_prores.checkpoint.compare import Difference, compare
 from megatron_prores.checkpoint.manifest import DamagedError
+from megatron_prores.checkpoint.newest import newest
 from megatron_prores.checkpoint.reader import (
     RELEASE,
     StoredCheckpoint,
@@ -18,7 +19,6 @@ from megatron_prores.checkpoint.reader import (
     is_iteration,
     iteration_name,
     iterations,
-    newest_name,
 )
 from megatron_prores.checkpoint.summary import as_text, human_size, summarize
 from megatron_prores.checkpoint.verify import Report, verify
@@ -84,34 +84,37 @@ def _all(directory: Path) -> list[Path]:
     return found
 
 
-def _tracker(directory: Path, found: list[Path]) -> tuple[str | None, str]:
-    """Return the newest checkpoint by the tracker file, and what is wrong with that file."""
+def _newest(directory: Path, found: list[Path]) -> tuple[str | None, str, str]:
+    """Return the newest one's name, what is wrong with the tracker file, and a note about it."""
     try:
-        newest = newest_name(found[0].parent)
+        choice = newest(found[0].parent)
     except DamagedError as error:
-        return None, str(error)
-    if newest is None:
-        return None, "there is no tracker file"
-    if newest not in [path.name for path in found] and not is_iteration(directory.absolute()):
-        return newest, f"the tracker file names {newest}, which is missing"
-    return newest, ""
+        return None, str(error), ""
+    if choice is None:
+        return None, "there is no tracker file", ""
+    name = choice.directory.name
+    if name not in [path.name for path in found] and not is_iteration(directory.absolute()):
+        return name, f"the tracker file names {name}, which is missing", ""
+    return name, "", choice.note
 
 
 def _list(directory: Path, as_json: bool) -> int:
     found = _all(directory)
-    newest, problem = _tracker(directory, found)
+    name, problem, note = _newest(directory, found)
     summaries = [summarize(path) for path in found]
     if as_json:
         _print({
-            "newest": newest,
+            "newest": name,
             "tracker_problem": problem,
+            "tracker_note": note,
             "checkpoints": [asdict(summary) for summary in summaries],
         })  # fmt: skip
         return 0
+    by = "its manifest" if note else "the tracker file"
     for summary in summaries:
-        print(as_text(summary, summary.name == newest))
-    if problem:
-        print(f"note: {problem}")
+        print(as_text(summary, by if summary.name == name else ""))
+    if problem or note:
+        print(f"note: {problem or note}")
     return 0
 
 
@@ -121,7 +124,7 @@ def _verify(directory: Path, step: int | None, as_json: bool) -> int:
         found = [path for path in found if path.name == iteration_name(step)]
         if not found:
             raise UserError(f"--ckpt-step {step}: {directory} has no checkpoint of that iteration")
-    newest, problem = _tracker(directory, found if step is None else _all(directory))
+    name, problem, note = _newest(directory, found if step is None else _all(directory))
     reports = {}
     for path in found:
         reports[path.name] = report = verify(path)
@@ -130,8 +133,9 @@ def _verify(directory: Path, step: int | None, as_json: bool) -> int:
     intact = [name for name, report in reports.items() if report.intact]
     if as_json:
         _print({
-            "newest": newest,
+            "newest": name,
             "tracker_problem": problem,
+            "tracker_note": note,
             "newest_intact": intact[-1] if intact else None,
             "checkpoints": {
                 name: {"intact": report.intact, **asdict(report)}
@@ -141,6 +145,8 @@ def _verify(directory: Path, step: int | None, as_json: bool) -> int:
     else:
         if problem:
             print(f"DAMAGED {problem}")
+        if note:
+            print(f"note: {note}")
         if problem or len(intact) < len(reports):
             print(f"The newest intact checkpoint is {intact[-1]}." if intact else "None is intact.")
     return 1 if problem or len(intact) < len(reports) else 0
@@ -168,10 +174,10 @@ def _one(path: Path) -> StoredCheckpoint:
     directory = path.absolute()
     try:
         if not is_iteration(directory):
-            newest = newest_name(directory)
-            if newest is None:
+            choice = newest(directory)
+            if choice is None:
                 raise UserError(f"{path}: there is no checkpoint, or no tracker file, in it")
-            directory /= newest
+            directory = choice.directory
     except DamagedError as error:
         raise UserError(f"{path}: {error}") from error
     if not directory.is_dir():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from megatron_prores.checkpoint.reader import TRACKER
+from megatron_prores.checkpoint.newest import is_there
 from megatron_prores.command_line.values import check_split, flag_of
 from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
@@ -90,8 +91,7 @@ def check_checkpoint_is_there(args: Any, target: TargetEnvironment) -> None:
         if path and os.path.lexists(path) and not os.path.isdir(path):
             raise UserError(f"{flag} {path}: not a directory")
     given = [path for path in (args.load, args.pretrained_checkpoint) if path]
-    there = any("://" in path or os.path.isfile(os.path.join(path, TRACKER)) for path in given)
-    if there or args.ckpt_step:
+    if any("://" in path or is_there(Path(path)) for path in given) or args.ckpt_step:
         return
     for flag, wanted in (
         ("--exit-on-missing-checkpoint", args.exit_on_missing_checkpoint),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.checkpoint.guard import to_load
 from megatron_prores.checkpoint.manifest import DamagedError
+from megatron_prores.checkpoint.newest import to_load
 from megatron_prores.checkpoint.reader import FORMAT, StoredCheckpoint
 from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.checkpoint.settings import differences
@@ -86,12 +86,12 @@ def _read(directory: str, step: int | None) -> SavedRun | None:
         return None
     name = directory
     try:
-        found = to_load(Path(directory), step)
+        choice = to_load(Path(directory), step)
         # Without it: another format than ours; whether it can be loaded is Megatron's to say.
-        if found is None or not (found / FORMAT).is_file():
+        if choice is None or not (choice.directory / FORMAT).is_file():
             return None
-        name = str(found)
-        state = StoredCheckpoint(found).common
+        name = str(choice.directory)
+        state = StoredCheckpoint(choice.directory).common
     except DamagedError as error:
         raise UserError(f"--load {directory}: {name} cannot be read: {error}") from error
     if "args" not in state:

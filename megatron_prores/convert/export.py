@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from megatron_prores.checkpoint.manifest import DamagedError
+from megatron_prores.checkpoint.newest import newest
 from megatron_prores.checkpoint.reader import (
     StoredCheckpoint,
     is_distributed,
     is_iteration,
     iterations,
-    newest_name,
 )
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.checkpoint.summary import Warmup, warmup_of
@@ -135,12 +135,12 @@ def _find(root: Path, step: int | None, step_flag: str) -> Path:
             raise UserError(f"{step_flag} {step}: {root} has no checkpoint of that iteration")
         return found[step].absolute()
     try:
-        newest = newest_name(root)
+        choice = newest(root)
     except DamagedError as error:
         raise UserError(f"--load {root}: {error}; give {step_flag}") from error
-    if newest is None:
+    if choice is None:
         raise UserError(f"--load {root}: there is no checkpoint, or no tracker file, in it")
-    return (root / newest).absolute()
+    return choice.directory.absolute()
 
 
 def export(

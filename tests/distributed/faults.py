@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -144,6 +145,28 @@ def stop_rank_1_in_every_step() -> None:
         return forward(*args, **kwargs)
 
     GPTModel.forward = stopped
+
+
+@dataclass(frozen=True)
+class KillBeforeTheTrackerFile:
+    """SIGKILL comes when a checkpoint is complete, its manifest written, the tracker file not."""
+
+    save: int
+    """Which of the saves of this start, from 1."""
+
+    def __call__(self) -> None:
+        from megatron_prores.upstream import tracker_file
+
+        stock, saves = tracker_file.atomic_write, 0
+
+        def atomic_write(path: Path) -> object:
+            nonlocal saves
+            saves += 1
+            if saves == self.save:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return stock(path)
+
+        tracker_file.atomic_write = atomic_write  # type: ignore[assignment]
 
 
 def configure_twice() -> None:

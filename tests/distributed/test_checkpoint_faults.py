@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_prores.checkpoint import manifest, verify
+from tests.distributed import faults
 from tests.distributed.conftest import MODEL, WARMUP, Text
 from tests.distributed.launch import Job, run_job
 from tests.unit import stored
@@ -95,11 +97,48 @@ def test_earlier_checkpoint_loads_with_the_flag_that_was_named(
     stored.flip_bit(saved / NEWEST / "__0_0.distcp")
     (saved / "latest_checkpointed_iteration.txt").unlink()
     job = run_job(tmp_path / "without", flags("--load", saved))
-    assert_refused(job, "latest_checkpointed_iteration.txt is missing", "--ckpt-step 2")
+    assert_refused(job, f"{NEWEST} is damaged: __0_0.distcp has changed", "--ckpt-step 2")
     job = run_job(tmp_path / "with", flags("--load", saved, "--ckpt-step", 2))
     assert job.succeeded, job.output[-3000:]
     losses = original.scalars("lm loss")
     assert job.scalars("lm loss") == pytest.approx({3: losses[3], 4: losses[4]}, rel=1e-5)
+
+
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore".split()
+
+
+@pytest.mark.parametrize(
+    ("first", "later"), [([], ASYNC), (ASYNC, [])], ids=["first", "first asynchronous"]
+)
+def test_kill_between_manifest_and_tracker_loses_nothing(
+    first: list[str], later: list[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    tracker = saved / "latest_checkpointed_iteration.txt"
+
+    def start(name: str, last: int, mode: list[str], kill_at: int) -> Job:
+        argv = [*flags("--save", saved, "--load", saved, "--save-interval", 2), *mode]
+        argv += ["--train-iters", str(last), "--override-opt-param-scheduler"]
+        kill = faults.KillBeforeTheTrackerFile(kill_at)
+        return run_job(tmp_path / name, argv, prepare=kill)
+
+    job = start("first", 6, first, kill_at=1)
+    assert job.exit_codes == [-signal.SIGKILL], job.output[-3000:]
+    assert verify.verify(saved / "iter_0000002").intact
+    assert not tracker.exists()
+
+    job = start("later", 6, later, kill_at=2)
+    assert job.exit_codes == [-signal.SIGKILL], job.output[-3000:]
+    assert f"{tracker.name} is missing, but the checkpoint of iteration 2 is" in job.output
+    assert min(job.scalars("lm loss")) == 3
+    assert verify.verify(saved / "iter_0000006").intact
+    assert tracker.read_text() == "4"
+
+    job = start("end", 7, [], kill_at=0)
+    assert job.succeeded, job.output[-3000:]
+    assert "still names iteration 4 (which --ckpt-step 4 loads), but" in job.output
+    assert list(job.scalars("lm loss")) == [7]
+    assert tracker.read_text() == "7"
 
 
 @pytest.mark.parametrize("where", stored.PLANTS)
@@ -219,7 +258,7 @@ class NoteHashing:
 
 def test_async_saving_hashes_beside_training(tmp_path: Path) -> None:
     argv = flags("--save", tmp_path / "saved", "--save-interval", 2)
-    argv += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    argv += ASYNC
     log = tmp_path / "hashed"
     job = run_job(tmp_path / "job", argv, ranks=2, prepare=NoteHashing(str(log)))
     assert job.succeeded, job.output[-3000:]

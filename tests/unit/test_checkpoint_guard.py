@@ -15,7 +15,8 @@ from megatron.core.dist_checkpointing import validation
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_prores.checkpoint import guard, manifest, safe_load
+from megatron_prores.checkpoint import guard, manifest, newest, safe_load
+from megatron_prores.checkpoint.reader import TRACKER
 from megatron_prores.checkpoint.saving import save, write_and_hash
 from megatron_prores.command_line import saved_run as checkpoint
 from megatron_prores.errors import UserError
@@ -208,15 +209,73 @@ def test_run_names_the_newest_intact_one_not_the_newest_but_one(root: Path) -> N
         guard.check_paths(flags(root))
 
 
-@pytest.mark.parametrize("content", [None, "", "abc", "-3", "\0"])
-def test_run_refuses_a_lost_or_damaged_tracker(content: str | None, root: Path) -> None:
-    tracker = root / "latest_checkpointed_iteration.txt"
-    tracker.unlink()
-    if content is not None:
-        tracker.write_text(content)
+@pytest.mark.parametrize("content", ["", "abc", "-3", "\0"])
+def test_run_refuses_a_damaged_tracker(content: str, root: Path) -> None:
+    (root / TRACKER).write_text(content)
     with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt.*--ckpt-step 4"):
         guard.check_paths(flags(root))
     guard.check_paths(flags(root, ckpt_step=4))
+
+
+def test_run_refuses_a_lost_tracker_where_no_manifest_proves_what_is_newest(root: Path) -> None:
+    (root / TRACKER).unlink()
+    (root / "iter_0000004" / "integrity.json").write_text("half of it")
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt.*--ckpt-step 2"):
+        guard.check_paths(flags(root))
+
+
+def sign(root: Path, *iterations: int) -> None:
+    """Lets checkpoints have been saved in this order."""
+    for order, iteration in enumerate(iterations, start=1):
+        directory = root / f"iter_{iteration:07d}"
+        names = manifest.file_names(directory)
+        manifest.write(directory, manifest.digests(directory, names), order=order)
+
+
+@pytest.mark.parametrize(
+    ("saved", "tracked", "expected"),
+    [
+        ((2, 4, 6), "6", 6),
+        ((2, 4, 6), "4", 6),
+        ((2, 4, 6), None, 6),
+        # The user went back to 2 and trained on.
+        ((2, 6, 4), "4", 4),
+        ((2, 6, 4), "6", 4),
+        ((2, 6, 4), None, 4),
+        # Manifests from before they had an order.
+        ((), "4", 6),
+        ((), None, 6),
+    ],
+)
+def test_a_run_goes_on_from_the_checkpoint_that_was_completed_last(
+    saved: tuple[int, ...],
+    tracked: str | None,
+    expected: int,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored.make(root, 6)
+    sign(root, *saved)
+    (root / TRACKER).unlink()
+    if tracked is not None:
+        (root / TRACKER).write_text(tracked)
+    choice = newest.newest(root)
+    assert choice is not None
+    assert choice.iteration == expected
+    guard.check_paths(flags(root))
+    told = capsys.readouterr().out
+    assert (f"of iteration {expected} is newer" in told) == (tracked != str(expected))
+
+
+def test_a_newer_one_that_its_manifest_contradicts_is_passed_over(root: Path) -> None:
+    sign(root, 2, 4)
+    (root / TRACKER).write_text("2")
+    stored.truncate(root / "iter_0000004" / SHARD)
+    assert newest.newest(root) == newest.Newest(root / "iter_0000002")
+    # Stock Megatron went on from it, and writes no manifest.
+    stored.make(root, 3)
+    (root / "iter_0000003" / "integrity.json").unlink()
+    assert newest.newest(root) == newest.Newest(root / "iter_0000003")
 
 
 def test_run_refuses_an_iteration_that_is_not_there(root: Path) -> None:

@@ -60,6 +60,18 @@ def test_list_as_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert second["size"] == sum(p.stat().st_size for p in (root / "iter_0000004").iterdir())
 
 
+def test_a_checkpoint_that_the_tracker_does_not_name_yet_is_the_newest(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("2")
+    code, output = run(capsys, "verify", root)
+    assert code == 0
+    assert "note: latest_checkpointed_iteration.txt still names iteration 2" in output
+    output = run(capsys, "list", root)[1]
+    assert output.count("the newest, by its manifest") == 1
+    assert run(capsys, "diff", root, root / "iter_0000004")[0] == 0
+
+
 def test_list_runs_no_code_that_a_checkpoint_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

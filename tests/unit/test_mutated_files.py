@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prores.checkpoint import guard, manifest, reader, tool
+from megatron_prores.checkpoint import guard, manifest, newest, reader, tool
 from megatron_prores.checkpoint.verify import content_damage, verify
 from megatron_prores.data import dataset_files, megatron_tokenizer, tokenizer
 from megatron_prores.errors import UserError
@@ -115,8 +115,8 @@ def the_tracker(file: Mutated) -> Outcome:
     _tools_survive(file.root)
     if _refused(file.root):
         return "refused"
-    directory = guard.to_load(file.root, None)
-    return "loaded" if directory is None or directory.is_dir() else f"loaded {directory}"
+    choice = newest.to_load(file.root, None)
+    return "loaded" if choice is None or choice.directory.is_dir() else f"loaded {choice}"
 
 
 def the_lock(file: Mutated) -> Outcome:
