@@ -24,7 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="What they are drawn from. Default: 1.",
     )
-    parser.addoption(
+    group = parser.getgroup("reliability", "docs/reliability.md")
+    group.addoption(
+        "--long",
+        action="store_true",
+        help="Also the tests that take minutes: a network in bad weather.",
+    )
+    group.addoption(
         "--mutations",
         type=int,
         default=50,
