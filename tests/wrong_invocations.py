@@ -393,6 +393,7 @@ _TRAINING = (
     Row("layer norms of a replayed graph",
         f"{MOCK} --tensorboard-dir {{w}}/t --log-layer-norms-interval 2 --cuda-graph-impl local",
         ("--cuda-graph-impl", "--log-layer-norms-interval")),
+    Row("spikes logged with a value", f"{MOCK} --log-spikes yes", ("yes",)),
     Row("steps skipped above the mean itself", f"{MOCK} --skip-step-above-sigmas 0",
         ("--skip-step-above-sigmas 0.0", "above 0")),
     Row("steps skipped above no number", f"{MOCK} --skip-step-above-sigmas nan",
@@ -712,6 +713,7 @@ FROM_OUTSIDE = (
     *("plot run: no logs there", "compare runs: no run there"),
     *("benchmark: no GPU", "export: no checkpoint there"),
     *("import: no model there", "generate: no temperature", "evaluate: no steps between"),
+    *("cosine: no text there", "hub: no command"),
     *("checkpoint: nothing there", "doctor: unknown need", "plan: no world size"),
 )  # fmt: skip
 """Names of rows that are started as whole programs."""
