@@ -43,10 +43,11 @@ def main() -> None:
         train_valid_test_datasets_provider,
     )
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import datasets, optimizer
+    from megatron_prores.upstream import datasets, optimizer, start_up
     from megatron_prores.warmup.scalars import close_tensorboard
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
+    start_up.read_flag_help_once()
     datasets.fork_data_workers()
     datasets.use_prebuilt_dataset_helpers()
     datasets.read_indices_as_numbers()

@@ -91,7 +91,8 @@ def check_paths(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:
         if damage and target.is_elsewhere(root):
             target.note(f"{root}: not here; no checkpoint was looked at")
         elif damage:
-            _stop_alone(f"{flag} {root}", Path(root), choice and choice.directory, damage)
+            directory = None if choice is None else choice.directory
+            _stop_alone(f"{flag} {root}", Path(root), directory, damage)
         if choice is not None:
             if choice.note and _rank() == 0:
                 print(f"> {flag} {root}: {choice.note}", flush=True)

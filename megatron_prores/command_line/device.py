@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_prores.command_line.resiliency import check_start
 from megatron_prores.errors import UserError
+from megatron_prores.upstream.start_up import import_on_demand
 
 
 def prepare(device: str) -> None:
@@ -17,6 +18,7 @@ def prepare(device: str) -> None:
             imported.
     """
     check_start()
+    import_on_demand("wandb")  # Megatron imports it whether or not a run logs there
     if device == "cpu":
         from megatron_prores.cpu import gpu_packages, torch_device
 

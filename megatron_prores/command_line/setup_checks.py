@@ -18,6 +18,7 @@ from megatron_prores.command_line.saved_run import SavedRun
 from megatron_prores.command_line.values import check_shapes, flag_of
 from megatron_prores.config import ProResConfig
 from megatron_prores.data.dataset_files import check_token_ids
+from megatron_prores.data.megatron_tokenizer import import_tokenizers
 from megatron_prores.environment import TargetEnvironment, check_address
 from megatron_prores.errors import UserError
 from megatron_prores.upstream.registry import undone_afterwards, wrap
@@ -85,6 +86,7 @@ def around_setup(
         tokenizer = target.stand_in_tokenizer(args)
         if tokenizer is None:
             name = _tokenizer_name(args)
+            import_tokenizers(args)
             try:
                 tokenizer = stock()
             except Exception as error:  # each library raises its own kinds

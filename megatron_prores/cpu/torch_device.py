@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-# Imported first, as torch's optimizers import it later in any case: it lists the functions of
-# torch.cuda, and must list the ones that torch brought.
-import torch._dynamo
 import torch.cuda.nvtx
 import torch.distributed
 import torch.utils.data
@@ -127,8 +124,14 @@ def _constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-_nothing = _constant(None)
-_zero = _constant(0)
+def _nothing() -> Callable[..., None]:
+    return _constant(None)
+
+
+def _zero() -> Callable[..., int]:
+    return _constant(0)
+
+
 _CURRENT_DEVICE = _constant(CPU)
 
 
@@ -166,7 +169,10 @@ def _tensor_type(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cuda_replacements() -> dict[str, Any]:
-    """List what ``torch.cuda`` says on the CPU device, name by name."""
+    """List what ``torch.cuda`` says on the CPU device, name by name.
+
+    Each name has a function of its own, as torch's compiler wants when it lists them.
+    """
     properties = SimpleNamespace(
         name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
     )
@@ -176,13 +182,13 @@ def _cuda_replacements() -> dict[str, Any]:
         "is_initialized": _constant(True),
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": _CURRENT_DEVICE,
-        "set_device": _nothing,
-        "init": _nothing,
-        "_lazy_init": _nothing,
+        "set_device": _nothing(),
+        "init": _nothing(),
+        "_lazy_init": _nothing(),
         "_lazy_call": lambda call, **kwargs: call(),
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
-        "ipc_collect": _nothing,
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "ipc_collect": _nothing(),
         "get_device_properties": _constant(properties),
         "get_device_capability": _constant((0, 0)),
         "get_device_name": _constant("CPU"),
@@ -192,17 +198,17 @@ def _cuda_replacements() -> dict[str, Any]:
         "Event": _Stream,
         "current_stream": _constant(_STREAM),
         "default_stream": _constant(_STREAM),
-        "set_stream": _nothing,
+        "set_stream": _nothing(),
         "stream": _constant(contextlib.nullcontext()),
         "device": _constant(contextlib.nullcontext()),
         # Memory statistics.
         "memory_stats": _constant({}),
-        "memory_allocated": _zero,
-        "max_memory_allocated": _zero,
-        "memory_reserved": _zero,
-        "max_memory_reserved": _zero,
-        "device_memory_used": _zero,
-        "reset_peak_memory_stats": _nothing,
+        "memory_allocated": _zero(),
+        "max_memory_allocated": _zero(),
+        "memory_reserved": _zero(),
+        "max_memory_reserved": _zero(),
+        "device_memory_used": _zero(),
+        "reset_peak_memory_stats": _nothing(),
         "mem_get_info": _constant((0, 0)),
         # What the straggler detector asks of a GPU.
         "temperature": _zero,
@@ -212,7 +218,7 @@ def _cuda_replacements() -> dict[str, Any]:
         # The random state is the CPU generator's.
         "manual_seed": _manual_seed,
         "manual_seed_all": _manual_seed,
-        "seed": _nothing,
+        "seed": _nothing(),
         "initial_seed": lambda: torch.initial_seed(),
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
@@ -254,6 +260,30 @@ def _draw_nothing(stock: Callable[..., None], named: dict[str, Any]) -> None:
     torch.set_rng_state(state)
 
 
+def _step(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the step of an optimizer as torch does, without a word to its compiler."""
+
+    @functools.wraps(stock)
+    def step(optimizer: torch.optim.Optimizer, closure: Any = None) -> Any:
+        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            return stock(optimizer, closure)
+
+    return step
+
+
+def _keep_compiler_out() -> None:
+    """Keep torch's optimizers from importing torch's compiler, which takes a third of a start.
+
+    They tell it what not to compile. Nothing is compiled here (see :func:`_uncompiled`).
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(torch.optim.Optimizer, name)) for name in names}
+    replace(torch.optim.Optimizer, install, **methods)
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):  # Megatron's
+        if "step" in vars(kind):
+            replace(kind, install, step=_step(inspect.unwrap(kind.step)))
+
+
 def install() -> None:
     """Replace CUDA by the CPU in this process.
 
@@ -272,13 +302,16 @@ def install() -> None:
     seeds_and_states = ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state")
     replace(torch.cuda.random, install, **{name: cuda[name] for name in seeds_and_states})
     nvtx = torch.cuda.nvtx
-    replace(nvtx, install, range_push=_nothing, range_pop=_nothing, mark=_nothing, range=_no_range)
-    moves = {"cuda": _self, "pin_memory": _self, "record_stream": _nothing}
+    replace(
+        nvtx, install, range_push=_nothing(), range_pop=_nothing(), mark=_nothing(), range=_no_range
+    )
+    moves = {"cuda": _self, "pin_memory": _self, "record_stream": _nothing()}
     makers = {name: getattr(torch.Tensor, name) for name in _METHODS}
     makers = {name: _on_cpu(method) for name, method in makers.items()}
     moved = {**moves, "to": _to_cpu(torch.Tensor.to), "type": _tensor_type(torch.Tensor.type)}
     replace(torch.Tensor, install, **moved, **makers)
     replace(torch.nn.Module, install, cuda=_self)
+    _keep_compiler_out()
     # Pinned-memory loaders ask this, not torch.cuda.
     replace(torch.accelerator, install, is_available=_constant(False))
     replace(torch, install, compile=_uncompiled, **_makers())

@@ -10,10 +10,12 @@ import argparse
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.upstream.start_up import hidden
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _BERT_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
@@ -100,6 +102,21 @@ def silence_import_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+def import_tokenizers(args: argparse.Namespace) -> None:
+    """Import Megatron's tokenizers, without the library transformers where none asks for it.
+
+    Megatron imports the library wherever it finds it, which takes a quarter of a start.
+
+    Args:
+        args: Values of the flags of :func:`add_tokenizer_arguments`.
+    """
+    kind = args.tokenizer_type
+    can_do_without = kind in TOKENIZER_TYPES and kind not in TRANSFORMERS_TYPES
+    # A file of metadata may name another library.
+    with hidden("transformers") if can_do_without and not args.metadata_path else nullcontext():
+        import megatron.core.tokenizers.text.libraries  # noqa: F401
+
+
 def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     """Build the tokenizer that training would build from the same flags.
 
@@ -119,6 +136,7 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
     settings.update((name, value) for name, value in vars(args).items() if name in settings)
     # The padded size belongs to a model and its tensor parallelism; a dataset has neither.
     settings["pad_vocab_size"] = False
+    import_tokenizers(args)
     try:
         return build_tokenizer(argparse.Namespace(**settings))
     except Exception as error:  # Each library raises its own kinds.

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,8 @@ from megatron_prores.plot import save_figure
 TASKS = Path(__file__).with_name("tasks")
 """Task files of this project."""
 
-PAPER_AVERAGE = {
-    "pre": (43.42, 45.00),
-    "sandwich": (44.00, 44.49),
-    "lns": (44.42, 44.64),
-    "post": (40.63, 43.28),
-    "deepnorm": (43.55, 44.24),
-}
-"""Norm placement -> the paper's zero-shot average of its 1.3B model over the ten tasks, in percent,
-without and with ProRes (Table 3)."""
-
-PAPER_PERPLEXITY = {
-    "pre": {"wikitext": (25.61, 23.67), "lambada_openai": (20.46, 15.05)},
-    "post": {"wikitext": (30.37, 26.74), "lambada_openai": (33.53, 22.91)},
-}
-"""Norm placement -> task -> the paper's perplexity, without and with ProRes (Table 4)."""
+PAPER: dict[str, dict[str, tuple[float, float]]] = tomllib.loads((TASKS / "paper.toml").read_text())
+"""Task, or "average" over the ten -> method -> the paper's score without and with ProRes."""
 
 _ACCURACY = ("acc_norm,none", "acc,none")
 _PERPLEXITY = ("word_perplexity,none", "perplexity,none")
@@ -140,10 +128,10 @@ def _sources(args: argparse.Namespace) -> Iterator[Source]:
 
 
 class Tasks:
-    """The tasks that were asked for, each loaded on its own."""
+    """The tasks that were asked for, with their data."""
 
     def __init__(self, names: str, include_path: Path | None) -> None:
-        """Find them and their data.
+        """Find and load them.
 
         Raises:
             UserError: There is no such task, or its data is not on this machine.
@@ -159,9 +147,16 @@ class Tasks:
         for name in asked:
             if name not in known:
                 raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task")
-        self.names = [part for name in asked for part in self._parts(name)]
-        for name in self.names:
-            self._check_data(name)
+        self.loaded: dict[str, Any] = {}
+        """Name in the results -> the harness's task or group."""
+        for name in asked:
+            for part in self._parts(name):
+                self.loaded |= self._load(part)
+
+    @property
+    def names(self) -> list[str]:
+        """Return their names, as in the results."""
+        return list(self.loaded)
 
     def _parts(self, name: str) -> list[str]:
         """Return the tasks of our own group, which are scored and reported one by one."""
@@ -172,10 +167,11 @@ class Tasks:
         group = yaml.safe_load((TASKS / "prores_paper.yaml").read_text())
         return list(group["task"])
 
-    def _check_data(self, name: str) -> None:
+    def _load(self, name: str) -> dict[str, Any]:
+        """Load a task or a group as one, and what has a tag as several."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                self.manager.load([name])
+                found = self.manager.load([name])
         except Exception as error:  # of datasets, of its download, of the task's own code
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -184,6 +180,8 @@ class Tasks:
                 "(~/.cache/huggingface) to this machine; or give task files over local data with "
                 "--include-path"
             ) from error
+        group = found["groups"].get(name)
+        return dict(found["tasks"]) if group is None else {name: group}
 
 
 def evaluate(
@@ -193,7 +191,7 @@ def evaluate(
 
     Args:
         directory: Of the export.
-        tasks: As they were found.
+        tasks: With their data.
         names: Which of them.
         args: The flags.
         device: "cuda" or "cpu".
@@ -205,7 +203,7 @@ def evaluate(
 
     results = simple_evaluate(
         model=harness_model(directory, device, args.batch_size),
-        tasks=list(names),
+        tasks=[tasks.loaded[name] for name in names],
         task_manager=tasks.manager,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
@@ -287,7 +285,6 @@ def score_of(figures: dict[str, float]) -> tuple[str, float] | None:
 
 def table(scores: dict[str, dict[str, float]], source: Source) -> str:
     """Write the scores of one checkpoint, with the paper's figures beside those that it has."""
-    placement = str(getattr(source.args, "norm_placement", "pre"))
     lines = [f"iteration {source.iteration}, {source.tokens} tokens"]
     accuracies = []
     for name, figures in scores.items():
@@ -297,21 +294,25 @@ def table(scores: dict[str, dict[str, float]], source: Source) -> str:
         lines.append(f"  {name:<20} {metric:<16} {value:8.2f}")
         if metric.startswith("acc"):
             accuracies.append(value)
-        paper = PAPER_PERPLEXITY.get(placement, {}).get(name)
         perplexity = next((figures[m] for m in _PERPLEXITY if m in figures), None)
-        if paper and perplexity is not None:
-            lines.append(
-                f"  {'':<20} {'perplexity':<16} {perplexity:8.2f}   the paper's 1.3B: "
-                f"{paper[0]:.2f} without, {paper[1]:.2f} with ProRes"
-            )
+        if perplexity is not None and (beside := _beside(name, source)):
+            lines.append(f"  {'':<20} {'perplexity':<16} {perplexity:8.2f}{beside}")
     if len(accuracies) > 1:
         lines.append(f"  {'average':<20} {'accuracy':<16} {sum(accuracies) / len(accuracies):8.2f}")
-        if len(accuracies) == 10 and placement in PAPER_AVERAGE:
-            without, with_prores = PAPER_AVERAGE[placement]
-            lines[-1] += (
-                f"   the paper's 1.3B: {without:.2f} without, {with_prores:.2f} with ProRes"
-            )
+        if len(accuracies) == 10:
+            lines[-1] += _beside("average", source)
     return "\n".join(lines)
+
+
+def _beside(name: str, source: Source) -> str:
+    """Write the paper's score of the same method; nothing where it has none."""
+    method = str(getattr(source.args, "branch_init", None))
+    if method not in ("scaled", "ds"):  # pre-norm with other initial weights
+        method = getattr(source.args, "norm_placement", "pre")
+    pair = PAPER.get(name, {}).get(method)
+    if pair is None:
+        return ""
+    return f"   the paper's 1.3B: {pair[0]:.2f} without, {pair[1]:.2f} with ProRes"
 
 
 def draw(results: Results, names: Sequence[str], path: Path) -> None:

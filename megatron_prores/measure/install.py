@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_prores.measure.layer_norms import LayerNormsLog
 from megatron_prores.measure.spike_watch import SpikeLog, StepSkipper
+from megatron_prores.upstream.optimizer import skip_updates
 from megatron_prores.upstream.registry import undo
 from megatron_prores.upstream.training_loop import (
     call_after_steps,
@@ -17,7 +18,7 @@ from megatron_prores.upstream.training_loop import (
 
 _PURPOSES: tuple[Callable[..., Any], ...] = (
     LayerNormsLog.around_step,
-    StepSkipper.around_step,
+    StepSkipper.is_too_large,
     StepSkipper.after_step,
     SpikeLog.after_step,
     SpikeLog.at_the_end,
@@ -38,7 +39,7 @@ def install(args: argparse.Namespace) -> None:
         call_around_train_step(norms.around_step)
     if sigmas := args.skip_step_above_sigmas:
         skipper = StepSkipper(sigmas)
-        call_around_train_step(skipper.around_step)
+        skip_updates(skipper.is_too_large)
         call_after_steps(skipper.after_step)
     if args.log_spikes:
         log = SpikeLog()

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,33 +96,25 @@ class SpikeLog:
 class StepSkipper:
     """Leaves out updates whose gradient norm stands out (``--skip-step-above-sigmas``).
 
-    Every rank decides for itself, by the same norm of the whole gradient. Megatron's optimizer does
-    the leaving out, and the log counts the step among the skipped iterations, as one whose gradient
-    is not finite.
+    Every rank decides for itself, by the same norm of the whole gradient. Megatron's log counts the
+    step among the skipped iterations, as one whose gradient is not finite.
     """
 
     def __init__(self, sigmas: float) -> None:
         """Take S, the standard deviations above the mean."""
         self.sigmas = sigmas
         self.curve = Curve()
-        self.threshold = math.inf
         self.skipped = 0
 
-    def around_step(
-        self, step: Callable[[], Any], iteration: int, chunks: Any, optimizer: Any
-    ) -> Any:
-        """Give the optimizer the norm that the step must not exceed, and run the step."""
+    def is_too_large(self, norm: float) -> bool:
+        """Whether the step of this gradient norm is to be left out."""
         before = self.curve.before
-        if len(before) >= FEWEST:
-            self.threshold = float(before.mean() + self.sigmas * before.std())
-        for each in optimizer.chained_optimizers:
-            each.config.grad_norm_skip_threshold = self.threshold
-        return step()
+        return len(before) >= FEWEST and norm > float(before.mean() + self.sigmas * before.std())
 
     def after_step(self, step: StepFigures) -> None:
         """Take the gradient norm of a step among those that the next is judged by."""
         norm = math.nan if step.grad_norm is None else step.grad_norm
-        if step.skipped and norm > self.threshold:
+        if step.skipped and self.is_too_large(norm):
             self.skipped += 1
             _say(
                 f"skipped: iteration {step.iteration}, {GRAD_NORM_TAG} {norm:.4g} "

@@ -131,3 +131,29 @@ def call_before_clipping(optimizer: Any, hook: Callable[[], None]) -> None:
 
     purpose = call_before_clipping
     wrap(ChainedOptimizer, "prepare_grads", ("self",), prepare_grads, purpose)
+
+
+def skip_updates(is_too_large: Callable[[float], bool]) -> None:
+    """Leave an update out where the norm of the gradient is too large, on every rank.
+
+    Upstream has a threshold for it, but a rank whose optimizer holds no parameters does not ask
+    it: there it would wait for the weights of ranks that leave the update out.
+
+    Args:
+        is_too_large: Of the norm of the whole gradient, before clipping, which all ranks have.
+    """
+    from megatron.core.optimizer import ChainedOptimizer
+
+    skips = False
+
+    def get_grad_norm(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        nonlocal skips
+        norm = stock()
+        skips = is_too_large(norm)
+        return norm
+
+    def step_with_ready_grads(stock: Callable[[], Any], named: dict[str, Any]) -> Any:
+        return False if skips else stock()
+
+    wrap(ChainedOptimizer, "get_grad_norm", ("self",), get_grad_norm, is_too_large)
+    wrap(ChainedOptimizer, "step_with_ready_grads", ("self",), step_with_ready_grads, is_too_large)

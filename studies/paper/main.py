@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from megatron_prores.plot import save_figure
 from studies.paper import cluster
 from studies.paper.pictures import side_by_side
 from studies.paper.report import write_report
-from studies.paper.results import FILE
+from studies.paper.results import read_results
 from studies.paper.runner import Interrupted, train
 from studies.paper.scales import EXHIBITS, SCALES, Run, runs_of
 from studies.text import make_text
@@ -71,7 +70,8 @@ def see(root: Path, runs: Sequence[Run]) -> str:
     Returns:
         A sentence with their losses, and where the picture is.
     """
-    plain, ours = (json.loads((root / run.name / FILE).read_text()) for run in runs)
+    found = {result["name"]: result for result in read_results(root).all}
+    plain, ours = (found[run.name] for run in runs)
     save_figure(side_by_side(plain, ours), root / "see.png")
     losses = [result["validation_loss"] for result in (plain, ours)]
     ends = ["diverged" if loss is None else f"{loss:.3f}" for loss in losses]

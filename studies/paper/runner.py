@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
 from megatron_prores.files import atomic_write
-from studies.paper.results import DIVERGED, FILE, collect
+from studies.paper.results import DIVERGED, FILE, collect, read_results
 from studies.paper.scales import Run, Scale, flags
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def train(
     Args:
         runs: In the order in which they are started.
         scale: Their size.
-        root: Of the study; a directory per run in it.
+        root: Of the study; a directory per run in it, or a report's runs.json.
         slots: How many run beside each other: each has its share of the cores, or a GPU.
         show: Takes lines of progress.
 
@@ -55,7 +55,8 @@ def train(
         UserError: A run failed, and not because its loss diverged.
         Interrupted: SIGINT or SIGTERM came: the runs have saved, and the same command goes on.
     """
-    left = [run for run in runs if not (root / run.name / FILE).is_file()]
+    known = {result["name"] for result in read_results(root).all}
+    left = [run for run in runs if run.name not in known]
     done, shown, began = len(runs) - len(left), 0.0, time.monotonic()
     first_done = done
     active: list[_Started] = []

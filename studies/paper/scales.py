@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from studies.paper.recipes import PLACEMENTS
 
 PLAIN = "plain"
 LONG = "long"
@@ -107,6 +109,7 @@ class Run:
     """One training run of a scale."""
 
     placement: str
+    """In the words of recipes.PLACEMENTS."""
     arm: str
     layers: int
     seed: int = 1
@@ -132,28 +135,28 @@ class Run:
         return 0.1 if self.placement in ("post", "deepnorm") else 0.02
 
 
-def seeded(runs: Iterable[Run], seeds: int) -> Iterator[Run]:
-    """Yield runs with every seed: all of one seed before those of the next."""
-    for seed, run in itertools.product(range(1, seeds + 1), list(runs)):
-        yield replace(run, seed=seed)
+def seeded(runs: Iterable[Run], scale: Scale) -> list[Run]:
+    """List runs with every seed of a scale."""
+    return [replace(run, seed=seed) for run in runs for seed in range(1, scale.seeds + 1)]
 
 
 def main_comparison(scale: Scale) -> list[Run]:
     """List the runs of Pre-LN and Post-LN with every arm: Table 2 and Figures 2 and 5."""
     cases = itertools.product(("post", "pre"), scale.depths, ARMS)
-    return list(seeded((Run(*case[::2], case[1]) for case in cases), scale.seeds))
+    return seeded((Run(placement, arm, layers) for placement, layers, arm in cases), scale)
 
 
 def placements(scale: Scale) -> list[Run]:
-    """List the runs of the paper's other placements: the rest of Table 2."""
-    cases = itertools.product(("sandwich", "deepnorm", "lns"), (PLAIN, PRORES))
-    return [Run(placement, arm, scale.depths[0]) for placement, arm in cases]
+    """List the runs of the paper's other placements and initial weights: the rest of Table 2."""
+    others = [each for each in PLACEMENTS if each not in ("pre", "post")]
+    cases = itertools.product(others, (PLAIN, PRORES))
+    return seeded((Run(placement, arm, scale.depths[0]) for placement, arm in cases), scale)
 
 
 def depth_study(scale: Scale) -> list[Run]:
     """List the runs of Figure 1 beyond the main comparison."""
     cases = itertools.product(("post", "pre"), scale.deep, ARMS)
-    return [Run(placement, arm, layers) for placement, layers, arm in cases]
+    return seeded((Run(placement, arm, layers) for placement, layers, arm in cases), scale)
 
 
 def ablation(scale: Scale) -> list[Run]:
@@ -161,7 +164,7 @@ def ablation(scale: Scale) -> list[Run]:
     base = Run("post", PRORES, scale.depths[0])
     lengths = [replace(base, warmup=share) for share in (0.0025, 0.005, 0.02, 0.04)]
     schedules = "linear_sqrt linear_square equal reverse stagewise_L fix_sqrt_l".split()
-    return [*lengths, *(replace(base, schedule=schedule) for schedule in schedules)]
+    return seeded([*lengths, *(replace(base, schedule=name) for name in schedules)], scale)
 
 
 def layer_norms(scale: Scale) -> list[Run]:
@@ -184,15 +187,15 @@ EXHIBITS = {
     "figure4": (layer_norms,),
     "figure5": (main_comparison,),
     "main": (main_comparison,),
-    "all": (main_comparison, layer_norms, depth_study, ablation, placements),
+    "all": (main_comparison, layer_norms, depth_study, placements, ablation),
 }
 """Figure or table -> the lists of runs that it is made of."""
 
 
 def runs_of(exhibit: str, scale: Scale) -> list[Run]:
-    """List the runs of a figure or table, each once."""
-    lists = EXHIBITS[exhibit]
-    return list(dict.fromkeys(run for each in lists for run in each(scale)))
+    """List the runs of a figure or table, each once: those of one seed before the next seed's."""
+    runs = dict.fromkeys(run for each in EXHIBITS[exhibit] for run in each(scale))
+    return sorted(runs, key=lambda run: run.seed)
 
 
 def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
@@ -205,6 +208,9 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         directory: Of the run.
     """
     steps = scale.iterations
+    placement = f"--norm-placement {run.placement}"
+    if run.placement in ("scaled", "ds"):
+        placement = f"--norm-placement pre --branch-init {run.placement}"
     words = f"""
         --device {scale.device} --num-layers {run.layers} --hidden-size {scale.hidden}
         --ffn-hidden-size {scale.ffn} --num-attention-heads {scale.heads}
@@ -212,7 +218,7 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         --normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear
         --position-embedding-type rope --untie-embeddings-and-output-weights
         --attention-dropout 0 --hidden-dropout 0 --init-method-std {scale.init_std}
-        --make-vocab-size-divisible-by 128 --norm-placement {run.placement} --seed {run.seed}
+        --make-vocab-size-divisible-by 128 {placement} --seed {run.seed}
         --micro-batch-size {scale.micro_batch} --global-batch-size {scale.batch}
         --train-iters {steps} --lr {scale.learning_rate(run.layers)} --min-lr 0
         --lr-decay-style WSD --lr-warmup-iters {round(run.lr_warmup() * steps)}

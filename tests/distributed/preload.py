@@ -1,7 +1,6 @@
 """What the fork server imports once, so that each rank need not."""
 
 import argparse
-import functools
 
 from megatron_prores.command_line import device
 
@@ -12,7 +11,6 @@ import megatron.core.tokenizers.text.libraries  # noqa: E402
 import megatron.training.training  # noqa: E402, F401
 import tensorboard.summary.writer.event_file_writer  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
-from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 import megatron_prores.checkpoint.guard  # noqa: E402
@@ -24,13 +22,7 @@ import megatron_prores.command_line.setup_checks  # noqa: E402
 import megatron_prores.training.gpt  # noqa: E402
 import megatron_prores.training.lifecycle  # noqa: E402
 import megatron_prores.training.prores_run  # noqa: E402, F401
+from megatron_prores.upstream.start_up import read_flag_help_once  # noqa: E402
 
-# Megatron reads the help of its flags from its sources, for each of the four parsers of a run.
-ArgumentGroupFactory._get_field_docstrings = staticmethod(
-    functools.cache(
-        functools.partial(
-            ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory)
-        )
-    )
-)
+read_flag_help_once()
 add_megatron_arguments(argparse.ArgumentParser())

@@ -38,6 +38,10 @@ SOME = {
 }
 
 
+# A third of a start on the CPU device, and something like a tenth.
+NOT_NEEDED = ("torch._dynamo", "wandb.sdk")
+
+
 def is_ours(value: Any) -> bool:
     """Whether a function, a class or an object is of our package."""
     if isinstance(value, staticmethod):
@@ -71,6 +75,7 @@ def start_and_list(argv: list[str], output: str) -> None:
         "listed": {name: list(map(dataclasses.asdict, why)) for name, why in entries.items()},
         "unlisted": [name for name, value in held if is_ours(value) and id(value) not in known],
         "ours": [name for name, value in held if is_ours(value) and name in entries],
+        "imported": [name for name in NOT_NEEDED if name in sys.modules],
     }
     Path(output).write_text(json.dumps(result))
 
@@ -83,6 +88,7 @@ def test_the_registry_lists_every_replacement_of_a_run(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert not result["unlisted"]
     assert len(result["ours"]) > 70  # so they are seen
+    assert not result["imported"]
     entries = result["listed"]
     for name, function in SOME.items():
         assert f"megatron_prores.{function}" in [why["function"] for why in entries[name]]

@@ -71,7 +71,7 @@ def test_the_wheel_has_the_package_whole_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(path.relative_to(REPOSITORY))
         for path in package
-        if path.suffix in (".py", ".yaml") or path.name == "py.typed"
+        if path.suffix in (".py", ".toml", ".yaml") or path.name == "py.typed"
     }
     assert names == {"pretrain_gpt_prores.py", *expected}
 

@@ -18,6 +18,7 @@ CHOICES = list(COLORS.values())
 
 MULTIPLE_CHOICE = """
 task: colors
+tag: words
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: multiple_choice
@@ -30,6 +31,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 PERPLEXITY = """
 task: last_word
+tag: words
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: loglikelihood
@@ -99,7 +101,10 @@ def write_tasks(root: Path) -> None:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     root = tmp_path_factory.mktemp("tasks")
     write_tasks(root)
-    return Tasks("colors,last_word", root)
+    found = Tasks("words", root)  # a tag
+    assert sorted(found.names) == ["colors", "last_word"]
+    found.manager._load_spec = None  # their data is not loaded again
+    return found
 
 
 FLAGS = _parser().parse_args(["--load", ".", "--tasks", "colors"])
@@ -141,6 +146,10 @@ def test_the_papers_figures_stand_beside_ours() -> None:
     assert "60.00" in lines[1]
     assert any("25.61 without, 23.67 with ProRes" in line for line in lines)
     assert "60.00   the paper's 1.3B: 43.42 without, 45.00 with ProRes" in lines[-1]
+    source.args.branch_init = "scaled"
+    lines = table(scores, source).splitlines()  # type: ignore[arg-type]
+    assert lines[-1].endswith("42.88 without, 44.98 with ProRes")
+    assert not any("25.61" in line for line in lines)  # of pre with other weights, not printed
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,7 @@ def test_a_resumed_run_scores_the_iterations_that_it_saw() -> None:
     assert curve.final(100) == (0, 10)
 
 
-class Optimizer:
-    """Has the settings of Megatron's, of two optimizers in a chain."""
-
-    def __init__(self) -> None:
-        self.config = type("Config", (), {"grad_norm_skip_threshold": math.inf})()
-        self.chained_optimizers = [self, self]
-
-
-def test_the_threshold_follows_the_window_and_what_was_skipped(
+def test_what_is_too_large_follows_the_window_and_what_was_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
@@ -57,24 +49,23 @@ def test_the_threshold_follows_the_window_and_what_was_skipped(
     monkeypatch.setattr(
         spike_watch, "get_args", lambda: type("Args", (), {"log_interval": 10**6})()
     )
-    skipper, optimizer = StepSkipper(3.0), Optimizer()
+    skipper = StepSkipper(3.0)
 
-    def take(iteration: int, norm: float | None) -> float:
-        """Takes a step, skipped as Megatron's optimizer skips it; returns the threshold."""
-        skipper.around_step(lambda: None, iteration, [], optimizer)
-        threshold: float = optimizer.config.grad_norm_skip_threshold
-        skipped = norm is None or norm > threshold
-        skipper.after_step(StepFigures(iteration, {}, norm, skipped))
-        return threshold
+    def take(iteration: int, norm: float | None) -> bool:
+        """Takes a step, skipped as the optimizer skips it; returns whether it was too large."""
+        too_large = norm is not None and skipper.is_too_large(norm)
+        skipper.after_step(StepFigures(iteration, {}, norm, norm is None or too_large))
+        return too_large
 
+    assert not skipper.is_too_large(1e9)  # too few steps before it to say
     # 1, 3, 1, 3, ...: mean 2 and deviation 1.
-    before = [take(iteration, 1.0 + 2 * (iteration % 2)) for iteration in range(1, FEWEST + 1)]
-    assert before == [math.inf] * FEWEST
-    assert take(21, 4.9) == pytest.approx(5.0)
-    assert not said
-    assert take(22, None) < 6  # not finite: skipped by Megatron itself, and no part of the window
+    assert not any(take(iteration, 1.0 + 2 * (iteration % 2)) for iteration in range(1, FEWEST + 1))
+    assert skipper.is_too_large(5.1)
+    assert not skipper.is_too_large(4.9)
+    assert not take(21, None)  # not finite: skipped by Megatron itself, no part of the window
     assert skipper.skipped == 0
-    assert take(23, 100.0) < 6
+    assert not said
+    assert take(22, 100.0)
     assert skipper.skipped == 1
-    assert said[0].startswith("skipped: iteration 23, grad-norm 100 is ")
-    assert take(24, 4.0) > 60  # what was skipped widens the window, as in the score
+    assert said[0].startswith("skipped: iteration 22, grad-norm 100 is ")
+    assert not take(23, 60.0)  # what was skipped widens the window, as in the score
