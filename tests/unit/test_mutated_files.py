@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import random
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -173,9 +173,11 @@ def a_table(file: Mutated) -> Outcome:
 
 def a_tokenizer(file: Mutated) -> Outcome:
     """A SentencePiece model is refused, or makes ids of a text."""
-    flags = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(file.path)}
+    parser = ArgumentParser()
+    megatron_tokenizer.add_tokenizer_arguments(parser)
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(file.path)]
     try:
-        built = megatron_tokenizer.build_megatron_tokenizer(Namespace(**flags, vocab_file=None))
+        built: Any = megatron_tokenizer.build_megatron_tokenizer(parser.parse_args(flags))
     except UserError:
         return "refused"
     assert all(number >= 0 for number in built.tokenize("some text 123"))
