@@ -118,12 +118,14 @@ def _is_complete(index: Metadata) -> bool:
     try:
         places = index.storage_data.items()
         return all(
-            isinstance(kind, (TensorStorageMetadata, BytesStorageMetadata))
+            type(kind) is BytesStorageMetadata
+            or (type(kind) is TensorStorageMetadata and _has_fields(kind))
             for kind in index.state_dict_metadata.values()
         ) and all(
             (type(key), type(place)) == (MetadataIndex, _StorageInfo)
             and key.fqn in index.state_dict_metadata
             and isinstance(place.relative_path, str)
+            and "\0" not in place.relative_path
             and isinstance(place.offset, int)
             and isinstance(place.length, int)
             and min(place.offset, place.length) >= 0
@@ -131,6 +133,27 @@ def _is_complete(index: Metadata) -> bool:
         )
     except (AttributeError, TypeError):  # also of what is no dictionary
         return False
+
+
+def _has_fields(tensor: TensorStorageMetadata) -> bool:
+    """Whether a tensor has its dtype and its size, and pieces that lie within."""
+    shapes = [
+        tensor.size,
+        *(each for piece in tensor.chunks for each in (piece.offsets, piece.sizes)),
+    ]
+    return (
+        isinstance(tensor.properties.dtype, torch.dtype)
+        and all(isinstance(shape, torch.Size) for shape in shapes)
+        and all(
+            len(piece.offsets) == len(piece.sizes) == len(tensor.size)
+            and all(map(_lies_within, piece.offsets, piece.sizes, tensor.size))
+            for piece in tensor.chunks
+        )
+    )
+
+
+def _lies_within(start: int, length: int, size: int) -> bool:
+    return start >= 0 and length >= 0 and start + length <= size
 
 
 class _StandIn:

@@ -159,7 +159,7 @@ def _read_index(flag: str, prefix: str) -> Any:
 
     try:
         return _IndexReader(f"{prefix}.idx", multimodal=False)
-    except (AssertionError, ValueError, KeyError, struct.error) as error:
+    except (AssertionError, ValueError, KeyError, OverflowError, struct.error) as error:
         raise UserError(
             f"{flag} {prefix}: {prefix}.idx is not an index, or was cut short; {_REMAKE}"
         ) from error
