@@ -68,7 +68,7 @@ LAYOUTS = {
     "bf16": ["--use-distributed-optimizer", "--bf16", *ASYNC],
 }
 RANKS = 2
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds for a start of the run to come to its point, or to end, before it counts as hung."""
 
 RANK, ALL, LOADER, WRITER, LAUNCHER = "a rank", "all", "a data worker", "the writer", "the launcher"

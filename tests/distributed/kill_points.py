@@ -32,7 +32,7 @@ POINTS = {
 }
 """Name -> the function before whose call the run stops."""
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds that a process waits at its point before it goes on by itself."""
 
 
