@@ -31,6 +31,8 @@ FORMAT = "metadata.json"
 """Names the format; Megatron writes it when all else of a ``torch_dist`` checkpoint is there."""
 
 RELEASE = "release"
+_MOST_DIGITS = 18
+"""Of an iteration; what is longer is damage, and Python refuses to read thousands of them."""
 COMMON = "common_state/shard_0_1"
 OLD_COMMON = "common.pt"
 
@@ -71,9 +73,11 @@ def tracked(root: Path) -> int | str | None:
         raise DamagedError(f"{TRACKER} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
         text = ""
-    if text != RELEASE and not (text.isascii() and text.isdigit()):
+    if text == RELEASE:
+        return RELEASE
+    if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
         raise DamagedError(f"{TRACKER} does not name an iteration")
-    return RELEASE if text == RELEASE else int(text)
+    return int(text)
 
 
 def is_iteration(directory: Path) -> bool:
