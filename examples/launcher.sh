@@ -125,8 +125,9 @@ read_recipe() {
   while IFS='=' read -r name value; do
     [[ -n ${!name:-} || ($name == WARMUP_* && -n $own_warmup) ]] || printf -v "$name" %s "$value"
   done <<<"$recipe"
-  TP=${TP:-1} PP=${PP:-1} VPP=${VPP:-1} # tensor and pipeline ranks, virtual stages per pipeline rank
-  check_numbers TRAIN_ITERS VOCAB_SIZE TP
+  # Tensor, pipeline and context ranks, virtual stages per pipeline rank.
+  TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} VPP=${VPP:-1}
+  check_numbers TRAIN_ITERS VOCAB_SIZE TP PP CP
   LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-$((TRAIN_ITERS * lr_warmup_percent / 100))}
   LR_DECAY_ITERS=${LR_DECAY_ITERS:-$(((TRAIN_ITERS * lr_decay_percent + 99) / 100))} # 1 at least
 }
@@ -234,19 +235,17 @@ build_command() {
   training+=($recipe_flags)
   layout=(--device "$DEVICE" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
     --use-distributed-optimizer --distributed-timeout-minutes "$DISTRIBUTED_TIMEOUT_MINUTES")
+  [[ $CP == 1 ]] || layout+=(--context-parallel-size "$CP")
   [[ $VPP == 1 ]] || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
   [[ $PRECISION == fp32 ]] || layout+=(--bf16)
   [[ $PRECISION != fp8 ]] || layout+=(--fp8-format hybrid --fp8-recipe tensorwise) # docs/fp8.md
   if [[ $DEVICE == cuda ]]; then
-    layout+=(--overlap-grad-reduce --overlap-param-gather)
-    ((TP == 1)) || layout+=(--sequence-parallel)
     # Megatron's own layers are the way out where Transformer Engine is missing.
     [[ -n ${TRANSFORMER_IMPL:-} ]] || ! lacks transformer_engine || TRANSFORMER_IMPL=local
-    [[ -z ${TRANSFORMER_IMPL:-} ]] || layout+=(--transformer-impl "$TRANSFORMER_IMPL")
-    [[ ${TRANSFORMER_IMPL:-} != local ]] ||
-      layout+=(--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
-    # Apex has the kernel; the output head wants it with Transformer Engine as well.
-    ! lacks fused_weight_gradient_mlp_cuda || layout+=(--no-gradient-accumulation-fusion)
+    is_one_of "${TRANSFORMER_IMPL:-local}" local || layout+=(--transformer-impl "$TRANSFORMER_IMPL")
+    choose_gpu_flags
+    # shellcheck disable=SC2206 # flags, in a string
+    layout+=($GPU_FLAGS)
   fi
   if [[ $DATA == mock ]]; then # the tokenizer adds one id
     data=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$((VOCAB_SIZE - 1))")
@@ -258,7 +257,7 @@ build_command() {
   local logging=(
     --save "$RUN_DIR/checkpoints" --load "$RUN_DIR/checkpoints" --save-interval "$SAVE_INTERVAL"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval "$LOG_INTERVAL"
-    --tensorboard-dir "$RUN_DIR/tensorboard"
+    --tensorboard-dir "$RUN_DIR/tensorboard" --log-throughput
   )
   [[ -z ${SAVE_RETAIN_INTERVAL:-} ]] || logging+=(--save-retain-interval "$SAVE_RETAIN_INTERVAL")
   [[ -z ${WANDB_PROJECT:-} ]] || logging+=(--wandb-project "$WANDB_PROJECT"
@@ -267,6 +266,16 @@ build_command() {
     --no-python bash "$repo/scripts/log_rank.sh" "$RUN_DIR/logs/$LOG_ID"
     "$PYTHON" "$repo/pretrain_gpt_prores.py" "${norms[@]}" "${warmup[@]}" "${model[@]}" "${training[@]}"
     "${layout[@]}" "${data[@]}" "${logging[@]}" "${flags[@]}")
+}
+
+# Sets GPU_FLAGS, the flags that make a run fast, unless the user has: megatron_prores/launch/gpu_flags.py.
+choose_gpu_flags() {
+  local without=()
+  [[ -z ${GPU_FLAGS+set} ]] || return 0
+  [[ ${TRANSFORMER_IMPL:-} != local ]] || without+=(transformer_engine)
+  ! lacks fused_weight_gradient_mlp_cuda || without+=(apex)
+  GPU_FLAGS=$(table gpu-flags "$((NNODES * GPUS_PER_NODE))" "$GPUS_PER_NODE" "$TP" "$PP" \
+    "$PRECISION" "${without[*]}" -- "${flags[@]}") || exit 2
 }
 
 # This GPU machine's Python has no such module. Where there is no GPU either, the command is meant
@@ -287,9 +296,9 @@ build_environment() {
     # Its share of the cores for each rank; torchrun would give it one.
     "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share < 1 ? 1 : share > 8 ? 8 : share))}"
   )
-  # Megatron insists on it before Blackwell: with one queue the communication of a tensor-parallel
-  # layer is issued before the computation that it is to overlap with.
-  ((TP == 1)) || environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
+  # Megatron insists on it before Blackwell: with one queue the communication of a tensor- or
+  # context-parallel layer is issued before the computation that it is to overlap with.
+  ((TP == 1 && CP == 1)) || environment+=("CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}")
   if [[ -n ${WANDB_PROJECT:-} ]]; then
     local mode=offline
     [[ -z ${WANDB_API_KEY:-} ]] && ! grep -qs wandb "${NETRC:-${HOME:-}/.netrc}" || mode=online

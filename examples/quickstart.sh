@@ -125,11 +125,12 @@ logging=(
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus >= 1)); then
   ranks=$((gpus >= 2 ? 2 : 1))
-  device=(--device cuda --bf16)
-  "$PYTHON" -c 'import torch, transformer_engine' 2>/dev/null ||
-    device+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion)
-  "$PYTHON" -c 'import torch, fused_weight_gradient_mlp_cuda' 2>/dev/null || # of Apex
-    device+=(--no-gradient-accumulation-fusion)
+  without=()
+  "$PYTHON" -c 'import torch, transformer_engine' 2>/dev/null || without+=(transformer_engine)
+  "$PYTHON" -c 'import torch, fused_weight_gradient_mlp_cuda' 2>/dev/null || without+=(apex)
+  flags=$("$PYTHON" -m studies.paper.recipes gpu-flags "$ranks" "$ranks" 1 "$ranks" bf16 "${without[*]}")
+  # shellcheck disable=SC2206 # flags, in a string
+  device=(--device cuda --bf16 $flags)
 else
   ranks=2
   device=(--device cpu)

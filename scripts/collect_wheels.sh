@@ -102,7 +102,9 @@ platforms=(--platform=manylinux{_2_28,_2_27,_2_26,_2_24,_2_17,2014,_2_12,2010,_2
 pip download --no-deps --only-binary :all: --implementation cp --python-version 3.12 \
   "${platforms[@]}" --dest "$folder" "${names[@]}"
 
-printf '%s\n' "$torch" >"$folder/TORCH"
+# The same version is built for several CUDAs, and what is built for one does not load with another.
+"$python" -c 'import torch; print(torch.__version__.split("+")[0], "with CUDA", torch.version.cuda)' \
+  >"$folder/TORCH"
 (cd "$folder" && sha256sum -- *.whl >SHA256SUMS)
 for wheel in "$folder"/*.whl; do
   (($(stat --dereference --format %s "$wheel") > piece_mb * 1000000)) || continue

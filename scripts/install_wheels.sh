@@ -62,9 +62,11 @@ for wheel in "$whole"/*.whl; do
     die "${wheel##*/}: a piece is missing or damaged in $folder"
 done
 if [[ -f $folder/TORCH ]]; then
-  here=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
-    here=none
-  [[ ${here%%+*} == "$(<"$folder/TORCH")" ]] ||
+  here=$("$python" -c '
+import torch
+print(torch.__version__.split("+")[0], "with CUDA", torch.version.cuda)' 2>/dev/null) || here=none
+  # What was collected before CUDA was noted says the version alone.
+  [[ "$here " == "$(<"$folder/TORCH") "* ]] ||
     say "collected for torch $(<"$folder/TORCH"), and this is $here: Transformer Engine may not load"
 fi
 

@@ -91,7 +91,8 @@ cores=$(nproc)
 selected=(--numprocesses $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder)
 case $selection in
   quick) selected+=(tests/unit) ;;
-  gpu) selected=(tests/gpu) ;; # its runs share one GPU, several at a time as it is
+  # Its runs share one GPU, several at a time as it is.
+  gpu) selected=(tests/gpu --numprocesses 0) ;;
 esac
 # pytest ends with each skipped test's reason (-ra) and its closing line. It exits with 5 when there
 # was no test to run: a failure as well.

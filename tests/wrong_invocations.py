@@ -18,6 +18,7 @@ PREPROCESS = "tools/preprocess_data.py"
 CHECKPOINT = "tools/checkpoint.py"
 DOCTOR = "-m megatron_prores.doctor"
 BENCHMARK = "-m studies.benchmark"
+KIT = "-m studies.gpu_kit"
 
 # "{w}" is the directory with the prepared files.
 _SIZE = """
@@ -396,6 +397,13 @@ _TRAINING = (
     Row("spikes logged with a value", f"{MOCK} --log-spikes yes", ("yes",)),
     Row("steps skipped above the mean itself", f"{MOCK} --skip-step-above-sigmas 0",
         ("--skip-step-above-sigmas 0.0", "above 0")),
+    Row("a peak below nothing", f"{MOCK} --log-throughput --peak-tflops -1",
+        ("--peak-tflops -1.0", "above 0")),
+    Row("a peak for nothing", f"{MOCK} --peak-tflops 100", ("--peak-tflops", "--log-throughput")),
+    Row("the fused loss in float32", f"{MOCK} --cross-entropy-loss-fusion",
+        ("--cross-entropy-loss-fusion", "--bf16", "bfloat16")),
+    Row("garbage collected every -1 steps", f"{MOCK} --manual-gc --manual-gc-interval -1",
+        ("--manual-gc-interval -1", "negative")),
     Row("steps skipped above no number", f"{MOCK} --skip-step-above-sigmas nan",
         ("--skip-step-above-sigmas nan", "above 0")),
     Row("unknown optimizer", f"{MOCK} --optimizer lion", ("--optimizer",)),
@@ -659,6 +667,9 @@ _OTHER_TOOLS = (
         environment={"CUDA_VISIBLE_DEVICES": ""}),
     Row("benchmark: unknown case", "--cases 130M-bf16,13B-bf16",
         ("--cases 13B-bf16", "1.3B-bf16"), BENCHMARK),
+    Row("kit: unknown stage", "C", ("C", "'A', 'B'"), KIT),
+    Row("kit: unknown step", "A --device cpu --steps golden,fp8", ("--steps fp8", "machine"), KIT),
+    Row("kit: no time", "A --device cpu --minutes 0", ("--minutes 0", "above 0"), KIT),
     Row("benchmark: output that is a file", "--output {w}/text.jsonl", ("--output", "text.jsonl"),
         BENCHMARK),
 )  # fmt: skip
@@ -702,7 +713,7 @@ FROM_OUTSIDE = (
     # Of our flags, the environment and the device, before Megatron is imported.
     *("unknown schedule", "world size that is no number", "no GPU and no --device cpu"),
     # Before Megatron's validation, and by it.
-    *("data that is not there", "more tensor ranks than ranks"),
+    *("data that is not there", "more tensor ranks than ranks", "kit: unknown stage"),
     # The same stages on several ranks; and what comes between validation and the first writing.
     *("negative warmup", "truncated .bin", "layers that do not divide"),
     *("layout with a rank that has nothing", "tokenizer smaller than the data's"),

@@ -144,6 +144,13 @@ def add_prores_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Leave out an update whose gradient norm lies more than S standard deviations above "
         "the mean of the 1000 steps before. Default: never.",
     )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="TFLOPS",
+        help="Dense bf16 peak of a GPU, for the MFU of --log-throughput. Default: known for B200, "
+        "H200, H100 and A100.",
+    )
     return parser
 
 

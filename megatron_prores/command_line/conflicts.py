@@ -107,6 +107,8 @@ def _check_async_save(args: Any) -> None:
 
 
 def _check_measurements(args: Any) -> None:
+    if args.peak_tflops is not None and not args.log_throughput:
+        raise UserError("--peak-tflops needs --log-throughput: MFU is a part of it")
     if args.log_layer_norms_interval is None:
         return
     if args.tensorboard_dir is None and not args.wandb_project:

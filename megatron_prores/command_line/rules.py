@@ -162,6 +162,11 @@ NOT_WITH_OWN_NORMS: tuple[Rule, ...] = (
         is_true("mtp_num_layers"),
         "Megatron's prediction layers have their norms before the branches",
     ),
+    (
+        "--overlap-moe-expert-parallel-comm",
+        is_true("overlap_moe_expert_parallel_comm"),
+        "its schedule runs the parts of a layer by itself, and has not been tried with added norms",
+    ),
 )
 
 NOT_WITH_OWN_INIT: tuple[Rule, ...] = (

@@ -46,7 +46,9 @@ _AT_LEAST_ONE_IN_TRAINING = ("train_iters", "train_samples", "eval_interval", "l
 
 _FRACTIONS = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction")
 
-_NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "eval_iters")
+_NOT_NEGATIVE = tuple(
+    "lr min_lr weight_decay clip_grad lr_warmup_iters eval_iters manual_gc_interval".split()
+)
 
 
 def flag_of(destination: str) -> str:
@@ -67,7 +69,7 @@ def check_numbers(args: Any) -> None:
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, _FRACTIONS, lambda value: 0 <= value <= 1, "must be from 0 to 1")
     _require(args, _NOT_NEGATIVE, lambda value: value >= 0, "must not be negative")
-    above = ("skip_step_above_sigmas",)
+    above = ("skip_step_above_sigmas", "peak_tflops")
     _require(args, above, lambda value: 0 < value < math.inf, "must be above 0")
 
 
@@ -150,9 +152,11 @@ def check_shapes(args: Any) -> None:
     tensor = "--tensor-model-parallel-size"
     if args.num_experts is None and args.ffn_hidden_size % parts:
         _refuse_division("--ffn-hidden-size", args.ffn_hidden_size, tensor, parts)
-    if args.sequence_parallel and args.seq_length % parts:
+    context = args.context_parallel_size
+    if args.sequence_parallel and args.seq_length % (context * parts):
+        ranks = f"--context-parallel-size {context} times " if context > 1 else ""
         _refuse_division(
-            "--seq-length", args.seq_length, f"--sequence-parallel and {tensor}", parts
+            "--seq-length", args.seq_length, f"{ranks}--sequence-parallel and {tensor}", parts
         )
     if args.group_query_attention and args.num_attention_heads % args.num_query_groups:
         _refuse_division(

@@ -15,6 +15,7 @@ import torch
 from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 
+from megatron_prores.errors import StopRun
 from megatron_prores.runs import GRAD_NORM_TAG, TRAIN_TAG
 from megatron_prores.spikes import FEWEST, WINDOW, is_spike
 from megatron_prores.upstream.training_loop import StepFigures
@@ -124,6 +125,22 @@ class StepSkipper:
         self.curve.add(step.iteration, norm)
         if step.iteration % get_args().log_interval == 0:
             log_scalars({"prores/skipped_steps": float(self.skipped)}, step.iteration)
+
+
+def end_without_a_number(step: StepFigures) -> None:
+    """End a run that does not check for NaN (``--no-check-for-nan-in-loss-and-grad``) at the first.
+
+    The gradient norm, which Megatron reads to clip by, costs nothing to look at. It is of all
+    ranks, so that all end. With ``--clip-grad 0`` there is none.
+
+    Raises:
+        StopRun: It is NaN or infinite: so are the weights now, but no checkpoint has them.
+    """
+    if step.grad_norm is not None and not math.isfinite(step.grad_norm):
+        raise StopRun(
+            f"NaN in the loss or the gradients of iteration {step.iteration}: the gradient norm is "
+            f"{step.grad_norm}; what was saved before is not touched by it"
+        )
 
 
 def _how_far(value: float, before: npt.NDArray[np.float64]) -> str:

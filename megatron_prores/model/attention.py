@@ -6,9 +6,8 @@ several times. Torch's kernel gives the same figures to the rounding of the dtyp
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -25,7 +24,22 @@ class FusedDotProductAttention(DotProductAttention):
     What torch's kernel cannot do goes the stock way: attention dropout (upstream draws it under
     the tensor-parallel random-number tracker, for all scores), softmax offsets, sliding windows,
     and queries of another length than the keys. Upstream refuses packed sequences and biases.
+
+    With a mask torch takes a slower kernel, and whether a mask on a GPU is the causal one cannot be
+    seen without waiting for the GPU. So the module is told.
     """
+
+    def __init__(self, *args: Any, document_masks: bool = False, **kwargs: Any) -> None:
+        """Take the arguments of the stock module, and what the masks are.
+
+        Args:
+            *args: As the stock module's.
+            document_masks: Whether masks keep documents apart, as with --reset-attention-mask.
+                Else Megatron's datasets make no other mask than the causal one, and it is not read.
+            **kwargs: As the stock module's.
+        """
+        super().__init__(*args, **kwargs)
+        self.document_masks = document_masks
 
     def forward(
         self,
@@ -44,8 +58,9 @@ class FusedDotProductAttention(DotProductAttention):
             key: [s, b, g, d].
             value: [s, b, g, d].
             attention_mask: [b or 1, 1, s, s], True where a query (row) must not see a key; each
-                query must see one key at least, which Megatron's datasets grant. None: causal, or
-                all keys, by the mask type that the module was built with.
+                query must see one key at least, which Megatron's datasets grant. Read only where
+                masks keep documents apart; else, and where it is None: causal, or all keys, by the
+                mask type that the module was built with.
             attn_mask_type: Not used, as in the stock module.
             attention_bias: None.
             packed_seq_params: None.
@@ -72,16 +87,13 @@ class FusedDotProductAttention(DotProductAttention):
                 attention_bias=attention_bias,
                 packed_seq_params=packed_seq_params,
             )
-        if attention_mask is None:
-            causal = self.attn_mask_type == AttnMaskType.causal
-        else:
-            causal = _is_causal(attention_mask)
+        mask = attention_mask if self.document_masks else None
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=None if causal or attention_mask is None else ~attention_mask,
-            is_causal=causal,
+            attn_mask=None if mask is None else ~mask,
+            is_causal=mask is None and self.attn_mask_type == AttnMaskType.causal,
             # Under --apply-query-key-layer-scaling the stock softmax takes back what the scores
             # were divided by.
             scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1.0),
@@ -89,19 +101,3 @@ class FusedDotProductAttention(DotProductAttention):
         )
         # [b, n, s, d] -> [s, b, n * d]
         return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def _is_causal(mask: Tensor) -> bool:
-    """Return whether a mask is the plain causal one; its upper half need not be computed then.
-
-    Megatron's data loader hands out a mask by default, which is another one only under
-    --reset-attention-mask. Looking costs a hundredth of the attention; a GPU would have to wait.
-    """
-    if mask.is_cuda:
-        return False
-    return bool((mask == _causal_mask(mask.size(-1))).all())
-
-
-@functools.lru_cache(maxsize=4)
-def _causal_mask(sequence: int) -> Tensor:
-    return torch.ones(sequence, sequence, dtype=torch.bool).triu(1)

@@ -89,6 +89,8 @@ class ProResLayerMixin:
     alpha: Tensor
     layer_number: int
     is_mtp_layer: bool
+    _stock_bda: Callable[[bool, bool], BiasDropoutAdd] | None = None
+    """Megatron's bda submodule, the same for both branches."""
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class ProResLayerMixin:
             # A heterogeneous model leaves a branch out: there is nothing to add, nor to scale.
             if not isinstance(stock, IdentityFuncOp):
                 setattr(self, name, partial(self._get_bda, stock, norm))
+                self._stock_bda = stock
         if not self.placement.is_stock:
             # Megatron enables gradients around every bda, even in an evaluation and in the first
             # pass of a recomputed layer. Our norms have weights: autograd would keep a graph.
@@ -145,6 +148,43 @@ class ProResLayerMixin:
         if value != self._alpha_value:
             self.alpha.fill_(value)
             self._alpha_value = value
+
+    def compile_stock_addition(self, shape: tuple[int, int, int]) -> None:
+        """Compile Megatron's own addition, which the layer takes once it is open.
+
+        All layers of a process share it. Megatron's warm-up of fused functions calls it with a bias
+        and dropout, and torch.compile wants a version for every kind of arguments: else the first
+        layer that opens would stop the run to compile.
+
+        Args:
+            shape: [s, b, h] of the residual stream on this rank.
+        """
+        config: TransformerConfig = self.config  # type: ignore[attr-defined]
+        if self._always_scale or self._stock_bda is None or not config.bias_dropout_fusion:
+            return
+        device = self.alpha.device
+        like: dict[str, Any] = {"dtype": config.params_dtype, "device": device}
+        bias = None
+        if config.add_bias_linear and not self.placement.branch_output_norm:
+            bias = torch.nn.Parameter(torch.zeros(shape[-1], **like))
+        residual_type = torch.float32 if config.fp32_residual_connection else config.params_dtype
+        # A layer that is recomputed as a whole first runs on inputs without gradients.
+        recomputed = config.recompute_granularity == "full"
+        for training, grad in [(True, True), *[(True, False)] * recomputed, (False, False)]:
+            branch = torch.zeros(shape, **like, requires_grad=grad)
+            residual = torch.zeros_like(branch, dtype=residual_type, requires_grad=grad)
+            with (
+                torch.set_grad_enabled(grad),
+                self.bias_dropout_add_exec_handler(),
+                # Dropout draws here, and the run must not see it.
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+            ):
+                bda, x = self._stock_bda(training, True), residual
+                for _ in ("attention", "mlp"):
+                    # In an evaluation the sum takes the place of the branch.
+                    x = bda((branch.clone(), bias), x, self.hidden_dropout)  # type: ignore[attr-defined]
+            if grad:
+                torch.autograd.grad(x.sum(), (branch, residual))
 
     def place_alpha(self, device: torch.device) -> None:
         """Move alpha to a device, with its value.

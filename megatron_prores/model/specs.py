@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -25,7 +26,10 @@ type Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def prores_layer_spec(
-    config: GPTModelConfig, vp_stage: int | None = None, norm_placement: str = "pre"
+    config: GPTModelConfig,
+    vp_stage: int | None = None,
+    norm_placement: str = "pre",
+    document_masks: bool = False,
 ) -> Spec:
     """Return the spec of one model chunk, for ``GPTModelConfig.transformer_layer_spec``.
 
@@ -37,6 +41,7 @@ def prores_layer_spec(
         config: The model's configuration.
         vp_stage: The chunk's virtual pipeline stage, None without virtual stages.
         norm_placement: One of ``placement.PLACEMENTS``.
+        document_masks: Whether attention masks keep documents apart (``--reset-attention-mask``).
 
     Returns:
         A layer spec, or a block spec where the layers of the chunk differ.
@@ -54,7 +59,7 @@ def prores_layer_spec(
         spec = dataclasses.replace(spec, layer_norm=sequence_parallel_norm)
         spec = _for_each_layer(spec, _with_sequence_parallel_norms)
     if transformer.attention_backend in FUSED_BACKENDS:
-        spec = _for_each_layer(spec, _with_fused_attention)
+        spec = _for_each_layer(spec, partial(_with_fused_attention, document_masks))
     return with_prores(spec, norm_placement)
 
 
@@ -81,10 +86,11 @@ def _with_sequence_parallel_norms(layer: Any) -> dict[str, Any]:
     }
 
 
-def _with_fused_attention(layer: Any) -> dict[str, Any]:
+def _with_fused_attention(document_masks: bool, layer: Any) -> dict[str, Any]:
     """Exchange the local core attention; Transformer Engine's, which is fused itself, stays."""
     submodules: Any = getattr(layer.self_attention, "submodules", None)
     if getattr(submodules, "core_attention", None) is not DotProductAttention:
         return {}
-    submodules = dataclasses.replace(submodules, core_attention=FusedDotProductAttention)
+    attention = partial(FusedDotProductAttention, document_masks=document_masks)
+    submodules = dataclasses.replace(submodules, core_attention=attention)
     return {"self_attention": dataclasses.replace(layer.self_attention, submodules=submodules)}

@@ -20,6 +20,7 @@ from megatron_prores.command_line.advice import advice
 from megatron_prores.command_line.arguments import parse_args, upstream_words
 from megatron_prores.config import ProResConfig
 from megatron_prores.errors import UserError
+from megatron_prores.launch.gpu_flags import Setup, missing
 from megatron_prores.plan.groups import lay_out
 from megatron_prores.plan.layout import divisions, layout_warnings
 from megatron_prores.plan.memory import estimate
@@ -105,6 +106,7 @@ def build_plan(
             },
             memory=estimate(args, stages, groups),
             curves=_curves(prores, args.num_layers, openings, timeline),
+            speed=_speed(args, gpus_per_node),
             warnings=warnings,
             notes=machine.notes,
         )
@@ -137,6 +139,20 @@ def _fresh_quiet_megatron() -> Iterator[io.StringIO]:
     finally:
         global_vars.unset_global_variables()
         logging.disable(disabled)
+
+
+def _speed(args: argparse.Namespace, gpus_per_node: int) -> list[str]:
+    if args.device == "cpu":
+        return []
+    setup = Setup(
+        tensor=args.tensor_model_parallel_size,
+        replicas=args.data_parallel_size * args.context_parallel_size,
+        gpus_per_node=gpus_per_node,
+        bf16=args.bf16,
+        transformer_engine=args.transformer_impl == "transformer_engine",
+        apex=args.gradient_accumulation_fusion,
+    )
+    return [f"{choice.flags}: {choice.why}" for choice in missing(setup, sys.argv[1:])]
 
 
 def _layout(args: argparse.Namespace) -> dict[str, int]:

@@ -14,6 +14,7 @@ import argparse
 import copy
 from typing import Any
 
+import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.theoretical_memory_usage import (
     NUM_BYTES_IN_MEGABYTE,
@@ -22,6 +23,10 @@ from megatron.training.theoretical_memory_usage import (
 
 from megatron_prores.plan.groups import Groups
 from megatron_prores.plan.stages import Stage
+
+_SWIGLU = 1.42
+"""What autograd keeps of a layer with SwiGLU, over Megatron's formula, which is of a plain MLP:
+1.37 to 1.45 of the paper's sizes, counted on the meta device (docs/plan.md)."""
 
 
 def estimate(args: argparse.Namespace, stages: list[Stage], groups: Groups) -> dict[str, Any]:
@@ -40,15 +45,37 @@ def estimate(args: argparse.Namespace, stages: list[Stage], groups: Groups) -> d
     ]
     totals = [part["weights"] + part["gradients"] + part["optimizer"] for part in parts]
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    entries = tokens * args.padded_vocab_size // args.tensor_model_parallel_size
+    loss = loss_bytes(args.params_dtype, args.cross_entropy_loss_fusion) * entries
+    # The report has the float32 logits among the activations, where there is one stage.
+    layers = activations - 4 * entries * (len(stages) == 1)
+    layers = int(layers * (_SWIGLU if args.swiglu else 1.0))
+    # The first stage has as many micro-batches in flight as there are stages, the last has one.
+    at_work = max(
+        totals[0] + layers + loss * (len(stages) == 1), totals[-1] + layers // len(stages) + loss
+    )
     return {
         "stages": parts,
         "fullest_stage": totals.index(max(totals)),
         "fullest_total": max(totals) + activations,
         "upstream_weights_and_optimizer": fixed,
         "upstream_activations": activations,
-        # In float32, of a micro-batch; in the report only where there is one stage.
-        "logits": 4 * tokens * args.padded_vocab_size // args.tensor_model_parallel_size,
+        "loss": loss,
+        "at_work": at_work,
     }
+
+
+def loss_bytes(dtype: torch.dtype, fused: bool) -> int:
+    """Return what the loss needs at its fullest, in bytes per token and entry of the vocabulary.
+
+    The logits in half precision, and a float32 copy that becomes the softmax and then its gradient
+    in place; a float32 model has no copy. The compiled kernels write one more float32 buffer.
+
+    Args:
+        dtype: Of the logits.
+        fused: Whether ``--cross-entropy-loss-fusion`` is given.
+    """
+    return 4 + (2 if dtype.itemsize < 4 else 0) + (4 if fused else 0)
 
 
 def _parts(args: argparse.Namespace, stage: Stage, groups: Groups) -> dict[str, int]:

@@ -27,6 +27,7 @@ def text(plan: Plan) -> str:
         ("Every rank", _ranks(plan)),
         ("Training", _training(plan)),
         ("Memory of a rank of the fullest stage", _memory(plan)),
+        (f"Flags for speed that it lacks: {len(plan.speed) or 'none'}", _bullets(plan.speed)),
         (f"Warnings: {len(plan.warnings) or 'none'}", _bullets(plan.warnings)),
         ("Not checked here", _bullets(plan.notes)),
     ]
@@ -154,12 +155,9 @@ def _memory(plan: Plan) -> list[str]:
         f"  together {_gigabytes(memory['fullest_total'])}; Megatron's own report: "
         f"{_gigabytes(memory['upstream_weights_and_optimizer'])} + {activations}",
     ]
-    if plan.layout["pipeline"] > 1:
-        lines.append(
-            f"  logits of a micro-batch on the last stage: {_gigabytes(memory['logits'])} more"
-        )
     lines.append(
-        "  far off for some layers: SwiGLU's activations are 1.4 to 1.5 times as large, and"
+        f"  at work about {_gigabytes(memory['at_work'])}, with what SwiGLU keeps and "
+        f"{_gigabytes(memory['loss'])} of the loss;"
     )
     lines.append("  CUDA, NCCL and the allocator take a few GB more; see docs/plan.md")
     return lines

@@ -38,6 +38,8 @@ class Plan:
     """Bytes per rank."""
     curves: dict[str, Any]
     """``steps``, and ``alphas`` of layer 1..L at each of them: what the picture shows."""
+    speed: list[str]
+    """Flags that would make a run on GPUs faster and are not given, and why."""
     warnings: list[str]
     notes: list[str]
     """What was not checked, and what was assumed."""

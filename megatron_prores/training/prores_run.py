@@ -59,7 +59,9 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         undo(exclude_embedding_from_weight_decay)
     if prores.needs_own_layer:
         config.transformer_layer_spec = partial(
-            prores_layer_spec, norm_placement=prores.norm_placement
+            prores_layer_spec,
+            norm_placement=prores.norm_placement,
+            document_masks=args.reset_attention_mask,
         )
     if prores.enabled:
         run = ProResRun(prores, config.num_layers)
@@ -123,7 +125,20 @@ class ProResRun:
             print_rank_0(indent(f"{summary}\n{layer_map}", "> ProRes: "))
             # The curves of alpha begin where the run does.
             log_alphas(self.warmup.alphas(step), iteration)
+            if any(self.config.opening_steps(self.num_layers)):
+                self._compile_what_opens()
             self.audited = True
+
+    def _compile_what_opens(self) -> None:
+        """Compile, before the first step, what layers take that open in the middle of the run."""
+        args = get_args()
+        parts = args.context_parallel_size
+        if args.sequence_parallel:
+            parts *= args.tensor_model_parallel_size
+        shape = (args.seq_length // parts, args.micro_batch_size, args.hidden_size)
+        assert self.warmup is not None
+        for layer in [layer for layers in self.warmup.chunks for layer in layers][:1]:
+            layer.compile_stock_addition(shape)
 
     def after_logging(self, iteration: int) -> None:
         """Log alpha beside Megatron's own scalars, at the log interval."""

@@ -104,6 +104,34 @@ def call_after_steps(hook: Callable[[StepFigures], None]) -> None:
     wrap(training, "training_log", needs, training_log, purpose=hook)
 
 
+def call_with_throughput(hook: Callable[[int, float], None]) -> None:
+    """Call the hook on every rank after Megatron has logged steps at its log interval.
+
+    Args:
+        hook: Takes the iteration, and the TFLOP/s of a GPU in the steps since the last log, which
+            Megatron hands to a logger of its own and prints to one decimal.
+    """
+    from megatron.training import one_logger_utils, training
+
+    computed: list[float] = []
+
+    def track_e2e_metrics(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        if (throughput := named.get("throughput")) is not None:
+            computed.append(throughput)
+        return stock()
+
+    def training_log(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        computed.clear()
+        result = stock()
+        # The first step of a start has compiled and filled caches: Megatron prints it alone.
+        if computed and not named.get("is_first_iteration"):
+            hook(named["iteration"], computed[0])
+        return result
+
+    wrap(one_logger_utils, "track_e2e_metrics", ("throughput",), track_e2e_metrics, purpose=hook)
+    wrap(training, "training_log", ("iteration", "is_first_iteration"), training_log, purpose=hook)
+
+
 def call_after_training(hook: Callable[[], None]) -> None:
     """Call the hook on every rank when the training loop ends, or ends the program."""
     from megatron.training import training

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megatron_prores.measure.peak import peak_tflops
 from studies.benchmark.cases import (
     AFTER,
     BF16,
@@ -24,14 +24,6 @@ from studies.benchmark.measure import Ratio, ratio
 
 Row = Mapping[str, Any]
 """A line of the file of results."""
-
-# Dense bf16, without sparsity, from the vendor's data sheets, TFLOP/s; FP8 has twice as much.
-# H100 and H200 are the SXM ones: the others have other clocks.
-_PEAKS = (
-    (r"\bB200\b", 2250.0),
-    (r"\b(H100|H200|GH200)\b(?!.*\b(NVL|PCIe)\b)", 989.4),
-    (r"\bA100\b", 312.0),
-)
 
 _TABLE_HEAD = """
 | case | layers | side | tokens/s | MFU | step, ms | against base | memory, MiB | against base |
@@ -60,27 +52,15 @@ class Figures(NamedTuple):
     memory: float | None
 
 
-def peak_tflops(gpu: str, precision: str, given: float | None = None) -> float | None:
-    """Return the dense peak of a GPU, TFLOP/s, or None where it is not known.
-
-    Args:
-        gpu: Its name, as torch has it.
-        precision: Of the case.
-        given: The user's figure for bf16.
-    """
-    bf16 = given or next((peak for name, peak in _PEAKS if re.search(name, gpu)), None)
-    if bf16 is None or precision == FP32:
-        return None
-    return 2 * bf16 if precision == FP8 else bf16
-
-
 def figures(row: Row, side: Side) -> Figures:
     """Compute the figures of a side."""
     case, settings, measured = CASES[row["case"]], row["settings"], row["measured"]
     seconds, peaks, base = measured["seconds"], measured.get("bytes"), case.sides[0].name
     step = statistics.median(seconds[side.name])
     precision = BF16 if side.in_bf16 else case.precision
-    peak = peak_tflops(settings["machine"], precision, settings["peak_tflops"])
+    peak = None
+    if precision != FP32:
+        peak = peak_tflops(settings["machine"], settings["peak_tflops"], fp8=precision == FP8)
     return Figures(
         seconds=step,
         tokens_per_second=measured["global_batch_size"] * measured["seq_length"] / step,

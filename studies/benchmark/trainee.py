@@ -118,7 +118,9 @@ class Trainee:
         config.pre_wrap_hooks = [*config.pre_wrap_hooks, partial(_finish_weights, prores)]
         if side.schedule is not None:
             config.transformer_layer_spec = partial(
-                prores_layer_spec, norm_placement=norm_placement
+                prores_layer_spec,
+                norm_placement=norm_placement,
+                document_masks=args.reset_attention_mask,
             )
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

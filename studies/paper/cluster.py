@@ -43,8 +43,8 @@ def commands(exhibit: str) -> list[list[str]]:
     Raises:
         UserError: The paper's cluster has no such part.
     """
-    if exhibit == "see":
-        raise UserError("see --scale cluster: a first look is of --scale minutes")
+    if exhibit in ("see", "short"):
+        raise UserError(f"{exhibit} --scale cluster: a first look is of --scale minutes or kit")
     if exhibit == "all":
         wanted = [_SCRIPTS[name] for name in ("table2", "table6", "figure2", "figure5")]
         scripts = [script for each in wanted for script in each]

@@ -93,9 +93,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "exhibit",
         choices=tuple(EXHIBITS),
-        help="figure or table; main: the main comparison; see: a first look",
+        help="figure or table; main: the main comparison; see, short: a first look",
     )
-    sizes = "minutes, laptop: two CPU cores; gpu: one GPU; cluster: the paper's own, by Slurm"
+    sizes = "minutes, laptop: two CPU cores; kit, gpu: one GPU; cluster: the paper's own, by Slurm"
     add("--scale", choices=(*SCALES, CLUSTER), required=True, help=sizes)
     add("--output", type=Path, metavar="DIR", help="of the runs; default: runs/paper/SCALE")
     add("--report-dir", type=Path, metavar="DIR", help="of the report; default: beside the runs")

@@ -2,10 +2,11 @@
 
     python -m studies.paper.recipes settings RUN PLACEMENT SCHEDULE
     python -m studies.paper.recipes jobs STUDY
+    python -m studies.paper.recipes gpu-flags GPUS GPUS_PER_NODE TP PP PRECISION WITHOUT -- FLAGS
 
 ``settings`` prints NAME=VALUE lines, which examples/launcher.sh takes for the variables that the
-user has not set; ``jobs`` the runs of a study, numbered, in the words of its script. Plain Python
-3.11, so that a dry run works with nothing installed.
+user has not set; ``jobs`` the runs of a study, numbered, in the words of its script; ``gpu-flags``
+what makes a run fast on GPUs. Plain Python 3.11, so that a dry run works with nothing installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from megatron_prores.launch.gpu_flags import Setup, gpu_flags
 
 TABLE = Path(__file__).with_name("runs.toml")
 
@@ -212,13 +215,29 @@ def _flags(flags: dict[str, float | str | bool]) -> list[str]:
     return words
 
 
+def _gpu_flags(*words: str, given: list[str]) -> list[str]:
+    gpus, per_node, tensor, pipeline = map(int, words[:4])
+    setup = Setup(
+        tensor=tensor,
+        # Where the ranks do not divide, the program says so.
+        replicas=gpus // (tensor * pipeline),
+        gpus_per_node=per_node,
+        bf16=words[4] != "fp32",
+        transformer_engine="transformer_engine" not in words[5],
+        apex="apex" not in words[5],
+    )
+    return gpu_flags(setup, given)
+
+
 def main(argv: list[str]) -> None:
-    """Print settings or jobs, as the module says.
+    """Print settings, jobs or flags, as the module says.
 
     Raises:
         ValueError: There is no such run, or no such study.
     """
-    if argv[:1] == ["jobs"]:
+    if argv[:1] == ["gpu-flags"]:
+        print(" ".join(_gpu_flags(*argv[1:7], given=argv[8:])))
+    elif argv[:1] == ["jobs"]:
         for number, job in enumerate(jobs(*argv[1:])):
             print(number, job.words)
     else:

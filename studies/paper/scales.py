@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_prores.environment import is_installed
+from megatron_prores.launch.gpu_flags import Setup, gpu_flags
 from studies.paper.recipes import PLACEMENTS
 
 PLAIN = "plain"
@@ -101,7 +103,10 @@ GPU = replace(
 MINUTES = replace(LAPTOP, name="minutes", iterations=700, eval_batches=32)
 """For a first look: examples/see_prores_work.sh."""
 
-SCALES = {scale.name: scale for scale in (MINUTES, LAPTOP, GPU)}
+KIT = replace(GPU, name="kit", iterations=400, vocabulary=4096, text_megabytes=16, seeds=1)
+"""For the first minutes on a GPU: docs/gpu_kit.md."""
+
+SCALES = {scale.name: scale for scale in (MINUTES, LAPTOP, KIT, GPU)}
 
 
 @dataclass(frozen=True, order=True)
@@ -177,8 +182,15 @@ def first_look(scale: Scale) -> list[Run]:
     return [Run("post", arm, scale.depths[-1]) for arm in (PLAIN, PRORES)]
 
 
+def short_comparison(scale: Scale) -> list[Run]:
+    """List the fewest runs that compare both placements with and without ProRes."""
+    cases = itertools.product(("pre", "post"), (PLAIN, PRORES))
+    return [Run(placement, arm, scale.depths[0]) for placement, arm in cases]
+
+
 EXHIBITS = {
     "see": (first_look,),
+    "short": (short_comparison,),
     "table2": (main_comparison, placements),
     "table6": (main_comparison, ablation),
     "figure1": (main_comparison, depth_study),
@@ -233,7 +245,12 @@ def flags(run: Run, scale: Scale, data: Path, directory: Path) -> list[str]:
         # W is the same for every schedule of a depth, as in the paper's ablation.
         words += ["--prores-warmup-iters", str(round(run.warmup * steps * run.layers))]
     if scale.device == "cuda":
-        words += "--bf16 --use-distributed-optimizer --attention-backend auto".split()
+        words += ["--bf16", "--use-distributed-optimizer"]
+        setup = Setup(
+            transformer_engine=is_installed("transformer_engine"),
+            apex=is_installed("fused_weight_gradient_mlp_cuda"),
+        )
+        words += gpu_flags(setup)
     if run.norms:
         words += ["--log-layer-norms-interval", str(max(1, steps // 100))]
     for flag, path in {

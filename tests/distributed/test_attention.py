@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +25,9 @@ HEADS, GROUPS, CHANNELS, SEQUENCE, BATCH = 6, 2, 16, 48, 3
 UNFUSED = ["--attention-backend", "unfused"]
 
 
-def modules(groups: int = HEADS, **config: object) -> list[torch.nn.Module]:
+def modules(
+    groups: int = HEADS, document_masks: bool = True, **config: object
+) -> list[torch.nn.Module]:
     """Builds the stock and the fused attention with the same arguments."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
@@ -41,9 +44,10 @@ def modules(groups: int = HEADS, **config: object) -> list[torch.nn.Module]:
         **{"attention_dropout": 0.0, **config},
     )
     scale = {"softmax_scale": 0.4} if "apply_query_key_layer_scaling" not in config else {}
+    fused = partial(FusedDotProductAttention, document_masks=document_masks)
     return [
         attention(transformer, 3, AttnMaskType.causal, "self", **scale)
-        for attention in (DotProductAttention, FusedDotProductAttention)
+        for attention in (DotProductAttention, fused)
     ]
 
 
@@ -95,24 +99,30 @@ def check_same_figures(groups: int, mask: str, dtype: torch.dtype, scaled: bool)
 
 
 def check_kernel_is_in_use() -> None:
-    """Without it the test above would compare the stock attention with itself."""
+    """Without it the test above would compare the stock attention with itself.
+
+    A mask that the kernel is given costs a GPU its flash kernel.
+    """
     import torch.nn.functional as F
 
     from tests.distributed import layers
 
     layers.initialize()
     stock_function = F.scaled_dot_product_attention
-    causal: list[bool] = []
+    given: list[tuple[bool, bool]] = []
 
     def counted(*args: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        causal.append(bool(kwargs["is_causal"]))
+        given.append((bool(kwargs["is_causal"]), kwargs["attn_mask"] is not None))
         return stock_function(*args, **kwargs)
 
     plain = torch.ones(BATCH, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
     with mock.patch.object(F, "scaled_dot_product_attention", counted):
-        for mask in (None, plain, documents_mask()):
-            attend(modules()[1], HEADS, mask, torch.float32)
-    assert causal == [True, True, False]
+        for documents in (False, True):
+            attention = modules(document_masks=documents)[1]
+            outputs = [attend(attention, HEADS, mask, torch.float32) for mask in (None, plain)]
+            for one, other in zip(*outputs, strict=True):
+                torch.testing.assert_close(one, other)
+    assert given == [(True, False), (True, False), (True, False), (False, True)]
 
 
 def check_dropout_and_windows_go_the_stock_way() -> None:

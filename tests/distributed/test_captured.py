@@ -14,17 +14,22 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_prores.plan.memory import loss_bytes
 from tests.distributed import capture
-from tests.distributed.compiled_layer import CHANGES
+from tests.distributed.compiled_layer import CHANGES, LOSSES
 from tests.distributed.conftest import MODEL, Text
 from tests.distributed.launch import REPOSITORY, Job, free_port, run_job
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_nothing_is_compiled_again_when_alpha_changes() -> None:
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    """What a process has counted that really compiles."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
     environment = os.environ | {
         "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
         "MASTER_PORT": str(free_port()),
@@ -39,13 +44,24 @@ def test_nothing_is_compiled_again_when_alpha_changes() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
-    counted = json.loads(line.removeprefix("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+def test_nothing_is_compiled_again_when_alpha_changes(counted: dict[str, Any]) -> None:
     # One function for training, one for evaluation, shared by all layers.
     assert counted["compiled"] == 2
     assert counted["compiled again"] == 0
+    # Megatron's own addition, for training and for evaluation, before a layer opens and not then.
+    assert counted["compiled by the warm-up"] == 2
+    assert counted["compiled when a layer opens"] == 0
     # Every alpha was used, though.
     assert counted["distinct outputs"] == CHANGES + 2
     assert counted["kernels"] == 1
+
+
+def test_the_loss_needs_what_the_planner_counts(counted: dict[str, Any]) -> None:
+    planned = [loss_bytes(dtype, fused) for dtype, fused in LOSSES]
+    assert counted["bytes of the loss"] == pytest.approx(planned, rel=0.05)
 
 
 ITERATIONS = 10

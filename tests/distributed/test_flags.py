@@ -12,7 +12,7 @@ import pytest
 
 from megatron_prores.config import ProResConfig
 from tests.distributed.conftest import Text
-from tests.distributed.launch import run_job
+from tests.distributed.launch import Job, run_job
 
 STEPS = 4
 WARMUP = 12
@@ -40,7 +40,7 @@ RUNS = {
         {QUIET} --squared-relu --position-embedding-type yarn --yarn-beta-fast 16
         --yarn-beta-slow 2 --yarn-original-max-position-embeddings 16
         --rotary-scaling-factor 2 --apply-query-key-layer-scaling --bf16
-        --accumulate-allreduce-grads-in-fp32
+        --accumulate-allreduce-grads-in-fp32 --cross-entropy-loss-fusion
         --recompute-activations --mlp-chunks-for-training 2 --log-layer-norms-interval 2
     """,
     "experts": f"""
@@ -67,7 +67,7 @@ RUNS = {
     """,
     "logging": f"""
         {QUIET} {ROPE} --log-params-norm --log-num-zeros-in-grad --log-throughput
-        --timing-log-level 2 --timing-log-option all --log-timers-to-tensorboard
+        --peak-tflops 1e-3 --timing-log-level 2 --timing-log-option all --log-timers-to-tensorboard
         --log-validation-ppl-to-tensorboard --log-memory-interval 2
         --log-world-size-to-tensorboard --tensorboard-log-interval 2 --tensorboard-queue-size 10
         --no-log-loss-scale-to-tensorboard --no-barrier-with-level-1-timing --logging-level 20
@@ -100,9 +100,29 @@ def test_layers_open_alike_whatever_else_a_run_does(name: str, tmp_path: Path) -
     for step, alphas in held.items():
         assert list(alphas.values()) == pytest.approx(list(config.alphas(step, 4)))
     assert all(math.isfinite(loss) for loss in job.scalars("lm loss").values())
+    if "--log-throughput" in flags:
+        check_throughput(job)
     norms = job.layer_norms()
     assert bool(norms) == ("--log-layer-norms-interval" in flags)
     assert all(math.isfinite(value) for value in norms.values())
+
+
+def check_throughput(job: Job) -> None:
+    """Compares what is logged of it with the seconds of each step that Megatron logs."""
+    seconds = job.scalars("iteration-time")
+    assert len(seconds) == STEPS - 1  # the first one compiles
+    tokens, tflops, mfu = (
+        job.scalars(f"throughput_per_gpu/{name}")
+        for name in ("tokens_per_second", "tflops", "mfu_percent")
+    )
+    assert tokens == pytest.approx(
+        {step: 8 * 32 / each for step, each in seconds.items()}, rel=1e-3
+    )
+    # Of a layer 12 h^2 weights and attention, causal; and the vocabulary: 6 a token and weight.
+    flops = 6 * (4 * (12 * 32**2 + 32 * 32) + 128 * 32)
+    assert tflops == pytest.approx({s: flops * each / 1e12 for s, each in tokens.items()}, rel=1e-3)
+    assert mfu == pytest.approx({s: 100 * each / 1e-3 for s, each in tflops.items()}, rel=1e-3)
+    assert job.output.count("% of 0.001 TFLOP/s") == len(mfu)
 
 
 def real_data() -> list[str]:

@@ -134,6 +134,16 @@ def test_a_second_run_on_the_same_directory_stops_on_all_ranks(tmp_path: Path) -
     assert f"took over the lock of host {os.uname()[1]}, pid {first[0].pid}" in third.output
 
 
+def test_without_megatrons_checks_the_gradient_norm_stops_a_run(tmp_path: Path) -> None:
+    flags = [*MODEL, "--num-workers", "0", *at(tmp_path / "save", 2), "--rerun-mode", "disabled"]
+    flags += ["--no-check-for-nan-in-loss-and-grad", "--train-iters", "9"]
+    job = run_job(tmp_path / "bad", flags, ranks=2, prepare=faults.nan_in_iteration_5)
+    assert job.exit_codes == [1, 1]
+    said = "error: NaN in the loss or the gradients of iteration 5: the gradient norm is nan"
+    assert said in job.output
+    assert tracked(tmp_path / "save") == 4
+
+
 @pytest.mark.parametrize("mode", ["validate_results", "disabled", "first iteration"])
 def test_nan_in_the_loss_stops_the_run_and_the_last_checkpoint_is_intact(
     mode: str, tmp_path: Path

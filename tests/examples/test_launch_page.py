@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prores.launch.gpu_flags import CHOICES
 from tests.examples.clone import REPOSITORY, make_clone
 from tests.examples.test_published_runs import SHRUNK, user_environment
 from tests.unit.event_files import write_start
@@ -84,7 +85,7 @@ VARIABLES = {
         MICRO_BATCH_SIZE SAVE_INTERVAL SAVE_RETAIN_INTERVAL EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL
         LAYERS HIDDEN_SIZE FFN_HIDDEN_SIZE HEADS WARMUP_ITERS SEQ_LENGTH
         LR_WARMUP_ITERS LR_DECAY_ITERS
-        GLOBAL_BATCH_SIZE TRAIN_ITERS NNODES NODE_RANK GPUS_PER_NODE TP PP VPP
+        GLOBAL_BATCH_SIZE TRAIN_ITERS NNODES NODE_RANK GPUS_PER_NODE TP PP CP VPP
         OMP_NUM_THREADS PYTHONUNBUFFERED CUDA_DEVICE_MAX_CONNECTIONS
     """.split())},
     **{name: f"the-{name.lower()}" for name in """
@@ -92,7 +93,7 @@ VARIABLES = {
         WANDB_PROJECT WANDB_NAME WANDB_MODE PYTHON LEARNING_RATE
     """.split()},
     "RUN_DIR": "/the-run-dir", "DEVICE": "cuda", "PRECISION": "fp8", "DATA": "files",
-    "NODE_RANK": "5001",
+    "NODE_RANK": "5001", "GPU_FLAGS": "--the-gpu-flags",
 }  # fmt: skip
 
 
@@ -112,6 +113,12 @@ def test_every_variable_of_the_page_gets_into_the_command(clone: Path) -> None:
     words = run_block(command, clone, **{**VARIABLES, **parts}).stdout
     assert words.count("the-data_dir/") == 3
     assert "--mock-data" in run_block(command, clone, **{**VARIABLES, "DATA": "mock"}).stdout
+
+
+def test_the_page_has_a_row_for_each_of_the_flags_for_speed() -> None:
+    section = PAGE.partition("## Flags for speed")[2].partition("## Layouts")[0]
+    rows = re.findall(r"^\| `(--.+?)` \|", section, re.MULTILINE)
+    assert rows == [choice.flags for choice in CHOICES]
 
 
 def test_links_lead_somewhere() -> None:

@@ -234,8 +234,9 @@ def test_the_real_program_reads_the_papers_figures(
     assert plan["warmup"]["length"] == run["T"] * run["layers"]
     assert plan["world_size"] == 8 * run["nodes"]
     assert plan["warnings"] == []
+    assert plan["speed"] == []
     # Of 80 GB, before what the plan leaves out.
-    assert plan["memory"]["fullest_total"] < 65e9
+    assert plan["memory"]["at_work"] < 65e9
 
 
 def test_the_rest_of_the_recipe_is_the_papers() -> None:
@@ -400,6 +401,61 @@ def test_layout_data_and_further_flags_go_through() -> None:
         "--make-vocab-size-divisible-by 64 ",
     ):
         assert words in text
+
+
+ONE_GPU = """
+    --no-create-attention-mask-in-dataloader --cross-entropy-loss-fusion --manual-gc
+    --manual-gc-interval 100 --rerun-mode disabled --no-check-for-nan-in-loss-and-grad
+""".split()
+OVERLAPS = ["--overlap-grad-reduce", "--overlap-param-gather"]
+LOCAL = """
+    --transformer-impl local --attention-backend fused --no-persist-layer-norm
+    --no-masked-softmax-fusion --no-rope-fusion
+""".split()
+TENSOR = ["--sequence-parallel", "--tp-comm-overlap"]
+
+
+def speed_flags(*words: str, **variables: str) -> list[str]:
+    """The flags of a dry run that stand between precision and data."""
+    flags = dry_run(*words, **{"DATA": "mock", **variables})[1]
+    first = max(flags.index(word) for word in flags if word in ("--bf16", "tensorwise", "10"))
+    return flags[first + 1 : flags.index("--mock-data")]
+
+
+@pytest.mark.parametrize("size", ["71m", "130m", "350m", "1b", "3b", "7b"])
+def test_flags_for_speed_of_every_size_on_any_number_of_gpus(size: str) -> None:
+    script = f"pretrain_{size}.sh"
+    assert speed_flags(script, GPUS_PER_NODE="1") == ONE_GPU
+    for nodes in ("1", "2", "4"):
+        variables = {"NNODES": nodes, "NODE_RANK": "0", "MASTER_ADDR": "node0"}
+        assert speed_flags(script, **variables) == [*ONE_GPU, *OVERLAPS]
+    assert speed_flags(script, **variables, TP="8") == [*ONE_GPU, *OVERLAPS, *TENSOR]
+
+
+def test_flags_for_speed_follow_layout_precision_and_what_is_installed() -> None:
+    nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "GPUS_PER_NODE": "2"}
+    # Tensor ranks of two nodes have no common NVLink, and no ranks are left to reduce over.
+    flags = speed_flags("pretrain_130m.sh", **nodes, TP="4")
+    assert flags == [*ONE_GPU, "--sequence-parallel"]
+    launcher, flags = dry_run("pretrain_130m.sh", CP="2")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in launcher
+    assert "--context-parallel-size 2" in " ".join(flags)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" not in dry_run("pretrain_130m.sh", PP="2")[0]
+    local = speed_flags("pretrain_130m.sh", TRANSFORMER_IMPL="local", TP="2")
+    assert local == [*ONE_GPU, *OVERLAPS, "--sequence-parallel", *LOCAL]
+    fp32 = dry_run("pretrain_130m.sh", PRECISION="fp32")[1]
+    assert "--cross-entropy-loss-fusion" not in fp32
+    assert not set(ONE_GPU) & set(dry_run("pretrain_130m.sh", DEVICE="cpu")[1])
+
+
+def test_the_users_flags_win_over_those_for_speed() -> None:
+    own = {"GPUS_PER_NODE": "1"}
+    masked = speed_flags("pretrain_130m.sh", "pre", "--reset-attention-mask", **own)
+    assert masked == ONE_GPU[1:]
+    checked = speed_flags("pretrain_130m.sh", "pre", "--rerun-mode", "report_stats", **own)
+    assert checked == ONE_GPU[:5]
+    assert speed_flags("pretrain_130m.sh", **own, GPU_FLAGS="") == []
+    assert speed_flags("pretrain_130m.sh", **own, GPU_FLAGS="--manual-gc") == ["--manual-gc"]
 
 
 def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ LOCAL = f"""
     --no-rope-fusion --attention-backend unfused
 """
 """Megatron's local layers in float32: what all others are compared with."""
+LOCAL_BF16 = f"{LOCAL.replace('unfused', 'fused')} --bf16 --cross-entropy-loss-fusion"
+"""The same in bf16, with torch's attention: what a machine without Transformer Engine trains."""
 TE = f"{_MODEL} --transformer-impl transformer_engine"
 BF16 = f"{TE} --bf16"
 
@@ -53,6 +55,7 @@ def command_lines() -> dict[str, str]:
     for placement in PLACEMENTS:
         flag = f"--norm-placement {placement}"
         lines[f"{placement}, float32"] = f"{LOCAL} {flag}"
+        lines[f"{placement}, local bf16"] = f"{LOCAL_BF16} {flag}"
         lines[f"{placement}, bf16"] = f"{BF16} {flag}"
         lines[f"{placement}, tensorwise"] = f"{BF16} {flag} {FP8['tensorwise']}"
     for recipe, flags in FP8.items():

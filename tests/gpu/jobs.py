@@ -12,7 +12,20 @@ from pathlib import Path
 
 from tests.distributed.launch import REPOSITORY, Job, _read, free_port
 
-AT_A_TIME = 6
+AT_A_TIME = 3
+"""On the GPU, however many workers of pytest share it."""
+
+VARIABLES = {
+    "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
+    "PYTHONWARNINGS": "ignore",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Each would start a compiler per core, and as many processes that hold memory of the GPU.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    **dict.fromkeys(("RANK", "LOCAL_RANK"), "0"),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1"),
+    "MASTER_ADDR": "127.0.0.1",
+}
+"""Of a job of one rank."""
 
 
 class Jobs:
@@ -21,7 +34,8 @@ class Jobs:
     def __init__(self, root: Path) -> None:
         """Takes the directory that all of them write to."""
         self.root = root
-        self._pool = ThreadPoolExecutor(AT_A_TIME)
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        self._pool = ThreadPoolExecutor(max(1, AT_A_TIME // workers))
         self._futures: dict[str, Future[Job]] = {}
         self._lock = threading.Lock()
 
@@ -51,18 +65,7 @@ def run_on_gpu(directory: Path, argv: list[str], environment: Mapping[str, str])
         environment: Beside this process's.
     """
     directory.mkdir(parents=True)
-    variables = os.environ | {
-        "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}",
-        "PYTHONWARNINGS": "ignore",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        **environment,
-    }
+    variables = os.environ | VARIABLES | {"MASTER_PORT": str(free_port())} | environment
     argv = [*argv, "--tensorboard-dir", str(directory / "tensorboard")]
     command = [sys.executable, "-m", "tests.gpu.record", str(directory), *argv]
     with open(directory / "log", "w") as log:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prores.environment import is_installed
 from megatron_prores.schedule.formulas import alphas
 from tests.distributed.launch import Job
 from tests.gpu.command_lines import (
@@ -16,6 +17,7 @@ from tests.gpu.command_lines import (
     FP8,
     GRAPHS,
     ITERATIONS,
+    LOCAL_BF16,
     NEEDS,
     PLACEMENTS,
     command_lines,
@@ -40,9 +42,27 @@ def run(jobs: Jobs, name: str) -> Job:
     """Gives a run, and has all that may be asked for next started meanwhile."""
     capability = torch.cuda.get_device_capability()
     for each, line in LINES.items():
+        if "--transformer-impl local" not in line and not is_installed("transformer_engine"):
+            continue
         if capability >= NEEDS.get(each.rpartition(", ")[2], (0, 0)):
             jobs.start(each, line)
     return jobs(name, LINES[name])
+
+
+@pytest.mark.without_te
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_local_bf16_follows_float32(placement: str, jobs: Jobs) -> None:
+    job, reference = run(jobs, f"{placement}, local bf16"), run(jobs, f"{placement}, float32")
+    assert worst(job, reference) <= BF16_TOLERANCE
+    assert worst(job, reference, "lm loss validation") <= BF16_TOLERANCE
+
+
+@pytest.mark.without_te
+def test_a_mask_does_not_change_the_kernel(jobs: Jobs) -> None:
+    """The fused attention is causal by itself, and reads no mask of the data loader's."""
+    line = LINES["pre, local bf16"]
+    masked = jobs("a mask", line.replace("--no-create-attention-mask-in-dataloader", ""))
+    assert worst(masked, run(jobs, "pre, local bf16")) == 0
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -133,9 +153,14 @@ def test_memory_is_stock_megatrons(jobs: Jobs) -> None:
     assert prores <= 1.01 * stock
 
 
+@pytest.mark.without_te
 def test_nothing_is_compiled_again_when_alpha_changes(jobs: Jobs) -> None:
-    job = jobs("recompiles", BF16, {"TORCH_LOGS": "recompiles"})
+    # All layers open within the run, and take Megatron's own addition from then on.
+    line = f"{LOCAL_BF16} --prores-warmup-iters 12"
+    job = jobs("recompiles", line, {"TORCH_LOGS": "recompiles"})
     assert "Recompiling function _scaled_bias_dropout_add" not in job.output
+    after = job.output[job.output.index("iteration        2/") :]
+    assert "Recompiling function bias_dropout_add" not in after
 
 
 def test_fp8_run_that_is_resumed(jobs: Jobs, tmp_path: Path) -> None:

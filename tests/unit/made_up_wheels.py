@@ -97,7 +97,7 @@ def versions(python: Path) -> dict[str, str]:
 TORCH = """
 __version__ = "{version}"
 class version:
-    cuda = None
+    cuda = "{cuda}"
 class cuda:
     is_available = staticmethod(lambda: False)
 class distributed:
@@ -108,11 +108,10 @@ class backends:
 """
 
 
-def make_torch(folder: Path, version: str) -> Path:
+def make_torch(folder: Path, version: str, cuda: str = "13.0") -> Path:
     """A torch that can be imported, and has what the doctor looks at."""
-    return make_wheel(
-        folder, "torch", version, files={"torch/__init__.py": TORCH.format(version=version)}
-    )
+    text = TORCH.format(version=version, cuda=cuda)
+    return make_wheel(folder, "torch", version, files={"torch/__init__.py": text})
 
 
 def make_megatron(folder: Path) -> Path:

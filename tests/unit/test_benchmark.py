@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from megatron_prores.errors import UserError
+from megatron_prores.measure.peak import peak_tflops
 from megatron_prores.placement import PLACEMENTS
 from studies.benchmark import cases, main, report, worker
 from studies.benchmark.cases import AFTER, CASES, STOCK, WARMUP
@@ -312,10 +313,9 @@ def test_sides_take_turns_in_changing_order() -> None:
     ],
 )
 def test_peaks_are_of_the_gpu_that_is_there(gpu: str, bf16: float | None) -> None:
-    assert report.peak_tflops(gpu, "bf16") == bf16
-    assert report.peak_tflops(gpu, "fp8") == (None if bf16 is None else 2 * bf16)
-    assert report.peak_tflops(gpu, "bf16", given=100.0) == 100.0
-    assert report.peak_tflops(gpu, "fp32", given=100.0) is None
+    assert peak_tflops(gpu) == bf16
+    assert peak_tflops(gpu, fp8=True) == (None if bf16 is None else 2 * bf16)
+    assert peak_tflops(gpu, given=100.0) == 100.0
 
 
 def made_up_row(name: str, machine: str = "NVIDIA H200", **settings: Any) -> dict[str, Any]:

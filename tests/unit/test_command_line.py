@@ -19,7 +19,7 @@ from tests.refusals import (
     run_alone,
     shown_difference,
 )
-from tests.wrong_invocations import BENCHMARK, DOCTOR, FROM_OUTSIDE, MAIN, ROWS, Row
+from tests.wrong_invocations import BENCHMARK, DOCTOR, FROM_OUTSIDE, KIT, MAIN, ROWS, Row
 
 ALONE = [row for row in ROWS if row.name in FROM_OUTSIDE and row.ranks == 1]
 
@@ -46,6 +46,7 @@ def test_the_table_has_every_program_and_no_row_twice() -> None:
         MAIN,
         BENCHMARK,
         DOCTOR,
+        KIT,
         *(f"tools/{path.name}" for path in REPOSITORY.glob("tools/[!_]*.py")),
     }
     assert {row.program for row in ROWS} == programs

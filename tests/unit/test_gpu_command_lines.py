@@ -10,9 +10,15 @@ import pytest
 
 from megatron_prores.placement import PLACEMENTS
 from tests.distributed.launch import REPOSITORY
-from tests.gpu.command_lines import BF16, FP8, GRAPHS, LOCAL, command_lines
+from tests.gpu.command_lines import BF16, FP8, GRAPHS, LOCAL, TE, command_lines
 
 OVERLAP = "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap"
+
+CONTEXT = "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel"
+EXPERTS = """
+    --num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall
+    --overlap-moe-expert-parallel-comm
+"""
 
 GOOD = {
     **command_lines(),
@@ -40,18 +46,23 @@ WRONG = {
         "--use-transformer-engine-op-fuser",
     ),
     f"{BF16} --fused-residual-rmsnorm": ("--fused-residual-rmsnorm",),
+    f"{BF16} {EXPERTS} --norm-placement sandwich": ("--overlap-moe-expert-parallel-comm",),
+    f"{TE} --cross-entropy-loss-fusion": ("--cross-entropy-loss-fusion", "--bf16", "bfloat16"),
+    f"{BF16} --manual-gc-interval -1": ("--manual-gc-interval -1", "negative"),
+    f"{BF16} --seq-length 124 {CONTEXT}": ("--seq-length 124", "--context-parallel-size 2 times"),
 }
 
 WARNED = f"{BF16} --img-h 32 --optimizer sgd --reset-position-ids"
 
-CODE = """
-import json, sys
+CODE = r"""
+import json, math, re, sys
 from megatron_prores.errors import UserError
 from megatron_prores.plan.planner import make_plan
 refused, warnings = {}, {}
 for line in json.load(sys.stdin):
     try:
-        plan = make_plan(line.split(), 2 if "--tensor-model-parallel-size 2" in line else 1)
+        sizes = [int(n) for n in re.findall(r"--(?:tensor|context)\S*-parallel-size (.)", line)]
+        plan = make_plan(line.split(), math.prod(sizes))
         warnings[line] = plan.warnings
     except UserError as error:
         refused[line] = str(error)

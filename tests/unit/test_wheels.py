@@ -186,19 +186,24 @@ def test_what_was_collected_is_installed_on_the_other_side(wheels: Path, tmp_pat
         PIP_FIND_LINKS=str(index),
     )
     assert result.returncode == 0, result.stderr
-    assert (wheels / "TORCH").read_text() == "2.11.0\n"
+    assert (wheels / "TORCH").read_text() == "2.11.0 with CUDA 13.0\n"
     assert not list(wheels.glob("torch-*"))
     assert len(list(wheels.glob("einops-0.8.2-py3-none-any.whl.part-*"))) == 2
     python = make_venv(tmp_path / "there", torch)
     result = script("install_wheels", wheels, PYTHON=str(python))
     assert result.returncode == 0, result.stderr + result.stdout
     assert "Ready for cpu, te." in result.stdout
+    assert "collected for torch" not in result.stderr
     have = versions(python)
     assert (have["torch"], have["transformer_engine_torch"]) == ("2.11.0", "2.20.2")
     assert have["transformer_engine_cu13"] == "2.20.2"
     other = make_venv(tmp_path / "elsewhere", make_torch(tmp_path / "newer", "2.12.0"))
     result = script("install_wheels", wheels, PYTHON=str(other))
-    assert "collected for torch 2.11.0, and this is 2.12.0" in result.stderr
+    collected = "collected for torch 2.11.0 with CUDA 13.0, and this is "
+    assert f"{collected}2.12.0 with CUDA 13.0: " in result.stderr
+    make_venv(tmp_path / "other-cuda", make_torch(tmp_path / "cu12", "2.11.0", cuda="12.8"))
+    result = script("install_wheels", wheels, PYTHON=str(tmp_path / "other-cuda/bin/python"))
+    assert f"{collected}2.11.0 with CUDA 12.8: " in result.stderr
 
 
 @pytest.mark.parametrize(
