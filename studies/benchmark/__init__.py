@@ -6,6 +6,5 @@ the table of them. :mod:`~studies.benchmark.main` runs one after the other, each
 (:mod:`~studies.benchmark.trainee`), counts their memory and times them in turn
 (:mod:`~studies.benchmark.measure`). In two cases :mod:`~studies.benchmark.rival` times the whole
 main program against a plain PyTorch loop, :mod:`~studies.benchmark.plain`.
-:mod:`~studies.benchmark.report` makes the table and the
-verdicts from what they have measured.
+:mod:`~studies.benchmark.report` makes the table and the verdicts from what they have measured.
 """

@@ -130,6 +130,7 @@ class PlainLoop:
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            fused=False,  # torch's default on a CPU, which the CPU device changes
         )
 
     def train(self, steps: Iterable[tuple[Tensor, Tensor, Sequence[float]]]) -> tuple[float, float]:
