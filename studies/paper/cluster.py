@@ -6,10 +6,12 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_prores.errors import UserError
+from megatron_prores.plan.planner import MAIN_PROGRAM, make_plan
+from megatron_prores.plot import size_of
 from studies.paper import recipes
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -67,12 +69,47 @@ def commands(exhibit: str) -> list[list[str]]:
 
 
 def show(exhibit: str) -> Iterator[str]:
-    """Write the commands of a figure or table, and the runs that each of them starts."""
+    """Write the commands of a figure or table and their runs, the first of each size planned.
+
+    Raises:
+        UserError: The main program would refuse a run.
+    """
     for command in commands(exhibit):
         yield shlex.join(command)
-        study = _ARRAYS.get(Path(command[3]).name)
-        for number, job in enumerate(recipes.jobs(study) if study else []):
+        _, how, _, script, *words = command
+        if not how.startswith("--array"):
+            yield _plan(script, words, int(how.removeprefix("--nodes=")))
+            continue
+        planned = set()
+        for number, job in enumerate(recipes.jobs(_ARRAYS[Path(script).name])):
             yield f"  {number:>3}  {job.words}"
+            settings = recipes.settings(job.run, job.placement, job.schedule)
+            size = settings["LAYERS"], settings["HIDDEN_SIZE"]
+            if size not in planned:
+                planned.add(size)
+                yield _plan(script, [*job.words.split(), *words], nodes=1)
+
+
+def _plan(script: str, words: Sequence[str], nodes: int) -> str:
+    """Plan a run of an example on nodes of 8 GPUs, in one line."""
+    job = {"NNODES": str(nodes), "NODE_RANK": "0", "MASTER_ADDR": "node0"}
+    shown = subprocess.run(
+        ["bash", script, *words, "--dry-run"],
+        cwd=_REPOSITORY, env=os.environ | job, capture_output=True, text=True,
+    )  # fmt: skip
+    if shown.returncode:
+        raise UserError(f"{script}: {shown.stderr.strip().removeprefix('error: ')}")
+    line = shlex.split(shown.stdout.replace("\\\n", ""))
+    program = next(at for at, word in enumerate(line) if Path(word).name == MAIN_PROGRAM)
+    plan = make_plan(line[program + 1 :], 8 * nodes)
+    figures = [
+        f"{plan.parameters['total']:,} parameters",
+        f"{plan.world_size} GPUs",
+        f"{size_of(plan.training['tokens'])} tokens",
+        f"{plan.memory['fullest_total'] / 2**30:.1f} GiB on the fullest GPU",
+        *(f"warning: {warning}" for warning in plan.warnings),
+    ]
+    return f"       planned: {', '.join(figures)}"
 
 
 def submit(exhibit: str) -> None:

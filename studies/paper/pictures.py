@@ -27,11 +27,19 @@ _WEIGHT = 0.9
 LABELS = {PLAIN: "plain", LONG: "plain, long learning-rate warmup", PRORES: "ProRes"}
 
 
-def _figure(columns: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+def _figure(
+    panels: int, width: float = 4.6, height: float = 3.6, shared: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Build a figure of panels, at most three beside each other; shared: the vertical axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    columns, rows = min(panels, 3), math.ceil(panels / 3)
+    size = (width * columns, height * rows)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    every = list(figure.subplots(rows, columns, squeeze=False, sharey=shared).flat)
+    axes = every[:panels]
+    for each in every[panels:]:
+        each.remove()
     for each in axes:
         each.grid(color="0.9")
         each.spines[["top", "right"]].set_visible(False)
@@ -63,7 +71,7 @@ def losses(results: Results) -> Figure | None:
 
 def depth(results: Results) -> Figure | None:
     """Draw the final loss against the number of layers."""
-    figure, panels = _figure(2)
+    figure, panels = _figure(2, shared=True)
     is_empty = True
     for axes, placement in zip(panels, ("post", "pre"), strict=True):
         for arm in ARMS:
@@ -73,11 +81,14 @@ def depth(results: Results) -> Figure | None:
                 values = results.losses(placement=placement, layers=layers, arm=arm)
                 finite = [value for value in values.values() if math.isfinite(value)]
                 points.append(statistics.fmean(finite) if finite else math.nan)
+                axes.plot([layers] * len(finite), finite, "_", color=COLORS[arm], alpha=0.6)
             if len(depths) > 1:
                 axes.plot(depths, points, "o-", color=COLORS[arm], label=LABELS[arm])
+                axes.set_xticks(depths)
                 is_empty = False
-        axes.set(title=placement, xlabel="layers", ylabel="validation loss (nats per token)")
+        axes.set(title=placement, xlabel="layers")
         axes.legend(frameon=False)
+    panels[0].set_ylabel("validation loss (nats per token)")
     return None if is_empty else figure
 
 
@@ -91,19 +102,24 @@ def gap(results: Results) -> Figure | None:
     ]
     if not cases:
         return None
-    figure, panels = _figure(len(cases))
+    figure, panels = _figure(len(cases), width=2.9, height=2.0, shared=True)
     for axes, (placement, layers) in zip(panels, cases, strict=True):
         plain = mean_curve(results, placement, layers, PLAIN)
         for arm in (LONG, PRORES):
             ours = mean_curve(results, placement, layers, arm)
-            if ours is not None and plain is not None:
-                difference = ours[1] - plain[1]
-                axes.plot(plain[0], difference, color=COLORS[arm], linewidth=0.6, alpha=0.3)
-                axes.plot(plain[0], ema(difference, _WEIGHT), color=COLORS[arm], label=LABELS[arm])
+            if ours and plain and np.array_equal(ours[0], plain[0]):  # or one of them diverged
+                # Means over fiftieths of the run: a moving average would drag the start along.
+                steps, difference = (
+                    [part.mean() for part in np.array_split(values, min(50, len(values)))]
+                    for values in (plain[0], ours[1] - plain[1])
+                )
+                axes.plot(steps, difference, color=COLORS[arm], label=LABELS[arm])
         axes.axhline(0.0, color="0.5", linewidth=0.8)
-        axes.set(title=f"{placement}, {layers} layers", xlabel="iteration", ylim=(-0.25, 0.25))
-        axes.legend(frameon=False)
-    panels[0].set_ylabel("training loss minus plain's")
+        axes.set(title=f"{placement}, {layers} layers", ylim=(-0.25, 0.25))
+    figure.supxlabel("iteration", fontsize="medium")
+    figure.supylabel("training loss minus plain's", fontsize="medium")
+    entries = panels[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -112,7 +128,7 @@ def growth(results: Results) -> Figure | None:
     runs = [r for r in results.all if rms_by_layer(r)]
     if not runs:
         return None
-    figure, panels = _figure(len(runs))
+    figure, panels = _figure(len(runs), shared=True)
     for axes, run in zip(panels, runs, strict=True):
         rms = rms_by_layer(run)
         steps = run["curves"][f"{RESIDUAL_RMS}{min(rms)}"][0]
@@ -121,9 +137,11 @@ def growth(results: Results) -> Figure | None:
             values = [curve[at] for curve in rms.values()]
             label = f"iteration {steps[at]:.0f}"
             axes.plot(list(rms), values, ".-", color=COLORS[run["arm"]], alpha=tint, label=label)
-        title, label = LABELS[run["arm"]], "RMS of the residual stream"
-        axes.set(title=title, xlabel="layer", ylabel=label, yscale="log")
+        axes.set(title=LABELS[run["arm"]], xlabel="layer", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
         axes.legend(frameon=False)
+    panels[0].set_ylabel("RMS of the residual stream")
     return figure
 
 
@@ -188,7 +206,7 @@ def mean_curve(
     """Return iterations and the training loss, the mean over seeds; None without runs."""
     found = results.of(placement=placement, layers=layers, arm=arm)
     curves = [result["curves"]["training loss"] for result in found]
-    curves = [curve for curve in curves if len(curve[0]) == len(curves[0][0])]
+    curves = [curve for curve in curves if curve[0] == curves[0][0]]
     if not curves:
         return None
     return np.array(curves[0][0]), np.mean([curve[1] for curve in curves], axis=0)

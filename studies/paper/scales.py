@@ -97,7 +97,6 @@ GPU = replace(
     eval_batches=16,
     deep=(48, 96),
     rates=((1000, 2e-3),),
-    seeds=2,
 )
 
 MINUTES = replace(LAPTOP, name="minutes", iterations=700, eval_batches=32)

@@ -1,7 +1,8 @@
-"""Checkpoints and W&B, offline: the note of a checkpoint never costs the run that has saved it."""
+"""W&B, offline: what is measured, and the note of a checkpoint, which never costs the run."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from tests.distributed.launch import run_job
 from tests.distributed.test_lifecycle import MODEL, at, tracked
+from tests.distributed.test_measurements import FIGURES
 
 ITERATIONS = 4
+BLOCK, WHOLE, LAST = 32768, 1, 4
 
 
 def write_the_tracker_late() -> None:
@@ -61,7 +64,34 @@ def flags(directory: Path) -> list[str]:
         *MODEL,
         *("--train-iters", str(ITERATIONS), *at(directory / "saved", 2)),
         *("--wandb-project", "test", "--wandb-exp-name", "test"),
+        *("--log-layer-norms-interval", "2", "--log-spikes", "--skip-step-above-sigmas", "7"),
     ]
+
+
+def history(directory: Path) -> dict[tuple[str, int], float]:
+    """Reads what an offline run holds: (tag, iteration) -> value.
+
+    Its file is a log of LevelDB behind 7 bytes: blocks of 32 KiB with pieces of records, each piece
+    behind a checksum (4 bytes), its length (2) and its kind (1): whole, first, middle or last.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    content, at, piece, found = path.read_bytes(), 7, b"", {}
+    while at < len(content):
+        if (left := BLOCK - at % BLOCK) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        piece += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind not in (WHOLE, LAST):
+            continue
+        record, piece = Record.FromString(piece), b""
+        row = {"/".join(each.nested_key) or each.key: each for each in record.history.item}
+        for tag, item in row.items():
+            found[tag, json.loads(row["_step"].value_json)] = json.loads(item.value_json)
+    return found
 
 
 @pytest.mark.parametrize("mode", ["", "--async-save --use-persistent-ckpt-worker "
@@ -74,6 +104,16 @@ def test_a_note_names_the_checkpoint_that_was_just_saved(mode: str, tmp_path: Pa
     assert noted == ["NOTED 2: 2", "NOTED 4: 4"]
     assert "warning: W&B" not in job.output
     assert tracked(tmp_path / "saved") == ITERATIONS
+    # What is measured goes to W&B as it does to TensorBoard.
+    kept = history(tmp_path / "saved")
+    measured = [tag for tag in job.tags() if tag.startswith("prores/")]
+    assert {tag.split("/")[1] for tag in measured} == {
+        *("alpha", "spike_score", "skipped_steps"),
+        *FIGURES,
+    }
+    for tag in measured:
+        for iteration, value in job.scalars(tag).items():
+            assert kept[tag, iteration] == pytest.approx(value, rel=1e-6), tag
 
 
 def test_a_note_that_fails_does_not_end_the_run(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def run(
-    command: list[str], clone: Path, timeout: float = 300, **settings: str
+    command: list[str], clone: Path, timeout: float = 900, **settings: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,

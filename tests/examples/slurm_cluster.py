@@ -210,7 +210,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         if check and result.returncode != 0:
             raise RuntimeError(f"{words} ended with {result.returncode}: {result.stderr}")

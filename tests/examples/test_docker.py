@@ -34,7 +34,7 @@ def instructions(name: str) -> list[str]:
 
 def test_the_dockerfile_is_clean() -> None:
     result = subprocess.run(
-        [HADOLINT, REPOSITORY / "Dockerfile"], capture_output=True, text=True, timeout=60
+        [HADOLINT, REPOSITORY / "Dockerfile"], capture_output=True, text=True, timeout=240
     )
     assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr
 
@@ -168,7 +168,7 @@ class Docker:
             env={**kept, "PATH": f"{self.bin}:{os.environ['PATH']}", **settings},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
 
     def called(self, *words: str, **settings: str) -> tuple[str, dict[str, str]]:

@@ -8,11 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from studies.paper.report import NO_VERDICT, NOT_SHOWN, SHOWN, gains, show, verdict
+from studies.paper import cluster
+from studies.paper.report import (
+    NO_VERDICT,
+    NOT_SHOWN,
+    SHOWN,
+    gains,
+    show,
+    verdict,
+    write_report,
+)
 from studies.paper.results import Results
 from studies.paper.scales import LAPTOP, PLAIN, PRORES, Run, flags, runs_of
 from tests.examples.clone import REPOSITORY, environment
@@ -101,7 +111,7 @@ def test_the_report_has_the_results(study: tuple[Path, str], tmp_path: Path) -> 
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     text = (tmp_path / "report.md").read_text()
-    (row,) = re.findall(r"^\| post \| 24 \|.*no verdict.*$", text, re.MULTILINE)
+    (row,) = re.findall(r"^\| post \| 24 \| 130m.*no verdict.*$", text, re.MULTILINE)
     plain, ours = (logged(root, run)[1] for run in RUNS)
     cells = [cell.strip() for cell in row.split("|")]
     assert f"{plain:.4f}" in cells
@@ -124,15 +134,42 @@ def test_a_gain_within_its_spread_over_the_seeds_is_none() -> None:
     assert gains(plain, {3: 1.60, 1: 1.56, 2: 1.65, 4: 0.0}) == pytest.approx([0.04, 0.05, 0.05])
     assert verdict([0.04, 0.05, 0.05]) == SHOWN
     assert verdict([0.00, 0.05, 0.05]) == NOT_SHOWN
-    assert verdict([-0.04, -0.05]) == NOT_SHOWN
-    assert verdict([0.5]) == NO_VERDICT
+    assert verdict([-0.04, -0.04, -0.05]) == NOT_SHOWN
+    assert verdict([0.5, 0.5]) == NO_VERDICT
     infinite = float("inf")
-    assert verdict([infinite, infinite]) == SHOWN  # plain diverged with every seed
-    assert verdict([infinite, 0.1]) == NOT_SHOWN
-    assert verdict([-infinite, -infinite]) == NOT_SHOWN
+    assert verdict([infinite] * 3) == SHOWN  # plain diverged with every seed
+    assert verdict([infinite, 0.1, 0.1]) == NOT_SHOWN
+    assert verdict([-infinite] * 3) == NOT_SHOWN
     assert show([1.0, 2.0]) == "1.5000 ± 0.5000"
     assert show([0.25], "+") == "+0.2500"
     assert show([1.0, infinite]) == "diverged"
+
+
+def test_the_committed_report_is_that_of_its_runs(tmp_path: Path) -> None:
+    committed = REPOSITORY / "docs/paper/laptop"
+    write_report(committed, LAPTOP, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (committed / "report.md").read_text() == text
+    runs = {r["name"]: r for r in json.loads((committed / "runs.json").read_text())["runs"]}
+    assert set(runs) <= {run.name for run in runs_of("all", LAPTOP)}
+    # Table 2 and the verdicts on it, by other means.
+    (section,) = re.findall(r"\(Table 2\)(.*?)\n## ", text, re.DOTALL)
+    rows = [[cell.strip() for cell in row.split("|")[:-1]] for row in section.split("\n| ")[3:]]
+    assert len(rows) == 11
+    for placement, layers, _, _, _, _, seeds, gain, verdict_, *_ in rows:
+        name = f"{placement}-{layers}-{{}}-seed{{}}"
+        falls = [
+            runs[name.format(PLAIN, seed)]["validation_loss"]
+            - runs[name.format(PRORES, seed)]["validation_loss"]
+            for seed in (1, 2, 3)
+            if name.format(PRORES, seed) in runs
+        ]
+        low, *_, high = sorted(falls)
+        assert seeds == str(len(falls))
+        assert gain == f"{sum(falls) / len(falls):+.4f} ± {(high - low) / 2:.4f}"
+        clear = SHOWN if sum(falls) / len(falls) > high - low else NOT_SHOWN
+        assert verdict_ == (clear if len(falls) == 3 else NO_VERDICT)
+    assert f"Not made, {len(runs_of('all', LAPTOP)) - len(runs)} of" in text
 
 
 def test_arms_differ_in_what_they_are_named_for() -> None:
@@ -156,15 +193,16 @@ def test_seeds_come_one_after_the_other() -> None:
     assert Results([]).cases() == []
 
 
-def test_the_papers_runs_are_job_arrays() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "studies.paper", "all", "--scale", "cluster", "--dry-run"],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    arrays = re.findall(
-        r"^sbatch --array=0-(\d+) examples/slurm/sweep.sbatch (\S+)", shown.stdout, re.M
-    )
+def test_the_papers_runs_are_job_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[list[str]] = []
+
+    def plan(script: str, words: Sequence[str], nodes: int) -> str:
+        planned.append([script, *words, str(nodes)])
+        return ""
+
+    monkeypatch.setattr(cluster, "_plan", plan)
+    shown = "\n".join(cluster.show("all"))
+    arrays = re.findall(r"^sbatch --array=0-(\d+) examples/slurm/sweep.sbatch (\S+)", shown, re.M)
     # 7 kinds of 3 sizes, twice; 20 rows of 3 placements and 5 without ProRes; 8 methods, 6 depths.
     assert [(int(last) + 1, Path(script).stem) for last, script in arrays] == [
         (42, "norm_placements"),
@@ -177,8 +215,35 @@ def test_the_papers_runs_are_job_arrays() -> None:
             cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         for line in listed.stdout.splitlines():
-            assert line.split(" ", 1)[1] in shown.stdout
+            assert line.split(" ", 1)[1] in shown
+    # The first run of every size: three, one, six depths; and the 7B model twice.
+    assert [Path(words[0]).stem for words in planned] == [
+        *["norm_placements"] * 3,
+        "schedule_ablation",
+        *["depth_study"] * 6,
+        *["pretrain_7b"] * 2,
+    ]
+    assert planned[3][1:] == ["plain", "pre", "1"]
+
+
+def test_the_papers_runs_are_planned() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "studies.paper", "figure5", "--scale", "cluster", "--dry-run"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
-    seven = [f"sbatch --nodes=4 examples/slurm/pretrain.sbatch examples/pretrain_7b.sh pre {arm}"
-             for arm in (PLAIN, PRORES)]  # fmt: skip
-    assert lines[-2:] == seven
+    assert lines[::2] == [
+        f"sbatch --nodes=4 examples/slurm/pretrain.sbatch examples/pretrain_7b.sh pre {arm}"
+        for arm in (PLAIN, PRORES)
+    ]
+    hidden, ffn, layers, vocabulary = 4096, 11008, 32, 32_000
+    layer = 4 * hidden**2 + 3 * hidden * ffn + 2 * hidden
+    parameters = 2 * vocabulary * hidden + layers * layer + hidden
+    tokens = 512 * 1024 * 100_000
+    for line in lines[1::2]:
+        assert f"planned: {parameters:,} parameters, 32 GPUs, {tokens / 1e9:.2f}B tokens" in line
+        (memory,) = re.findall(r"([0-9.]+) GiB on the fullest GPU", line)
+        # bf16 weights and float32 gradients at least; less than a GPU has.
+        assert parameters * 6 / 2**30 < float(memory) < 80 * 1e9 / 2**30
+        assert "warning" not in line

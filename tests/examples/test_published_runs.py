@@ -507,7 +507,7 @@ def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:
 def test_wrong_words_and_variables_are_named_at_once(
     words: str, variables: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
-    result = run_script(*words.split(), timeout=20, RUN_DIR=str(tmp_path / "run"), **variables)
+    result = run_script(*words.split(), timeout=120, RUN_DIR=str(tmp_path / "run"), **variables)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")

@@ -104,7 +104,7 @@ def test_a_second_start_resumes(finished: tuple[Path, str]) -> None:
 def test_wrong_settings_are_named_at_once(
     arguments: list[str], settings: dict[str, str], words: str, tmp_path: Path
 ) -> None:
-    result = run([*QUICKSTART, *arguments], make_clone(tmp_path), timeout=10, **settings)
+    result = run([*QUICKSTART, *arguments], make_clone(tmp_path), timeout=120, **settings)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert words in result.stderr

@@ -391,7 +391,7 @@ def test_wrong_settings_are_named_at_once(
     file: str, arguments: list[str], settings: dict[str, str], words: str
 ) -> None:
     command = ["bash", f"examples/slurm/{file}.sbatch", *arguments]
-    result = run(command, REPOSITORY, timeout=60, **settings)
+    result = run(command, REPOSITORY, timeout=240, **settings)
     assert result.returncode == 2, result.stdout + result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")

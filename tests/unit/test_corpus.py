@@ -13,7 +13,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_corpus.py"
 
 def run_tool(cwd: Path, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-B", str(TOOL), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -85,7 +85,7 @@ def test_the_tool_writes_a_picture_and_nothing_else(tmp_path: Path) -> None:
     write_events(tmp_path / "logs", range(10, 101, 10), 3.0, alphas=True, wall_time=1000)
     result = subprocess.run(
         [sys.executable, "-B", str(TOOL), "--tensorboard-dir", "logs", "--output", "new/run.png"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.png"]
@@ -120,7 +120,7 @@ def test_a_wrong_input_is_told_in_one_line(
 def test_the_tool_ends_a_wrong_input_without_a_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-B", str(TOOL), "--tensorboard-dir", "missing", "--output", "x.png"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == "error: --tensorboard-dir missing: no such folder\n"

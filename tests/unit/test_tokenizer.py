@@ -42,7 +42,7 @@ def run_tool(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-B", str(TOOL), *map(str, args)]
     return subprocess.run(
-        command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=60, env=env
+        command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=240, env=env
     )
 
 
