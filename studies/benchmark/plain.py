@@ -37,8 +37,11 @@ class Attention(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.heads = recipe.heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(recipe.hidden, recipe.hidden, bias=False))
+        size = recipe.hidden
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend: [b, s, h] -> [b, s, h]; cos and sin are [s, d]."""
@@ -87,29 +90,40 @@ class Layer(nn.Module):
         return x + alpha * self.mlp(self.post_attention_layernorm(x))
 
 
-class PlainModel(nn.Module):
-    """The paper's Llama-like decoder, with Llama's names of weights."""
+class Decoder(nn.Module):
+    """What is before the output head."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Build it with torch's initial weights."""
         super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(recipe.vocabulary, recipe.hidden)
-        self.model.layers = nn.ModuleList(Layer(recipe) for _ in range(recipe.layers))
-        self.model.norm = nn.RMSNorm(recipe.hidden, eps=1e-5)
-        self.lm_head = nn.Linear(recipe.hidden, recipe.vocabulary, bias=False)
+        self.embed_tokens = nn.Embedding(recipe.vocabulary, recipe.hidden)
+        self.layers = nn.ModuleList(Layer(recipe) for _ in range(recipe.layers))
+        self.norm = nn.RMSNorm(recipe.hidden, eps=1e-5)
         size = recipe.hidden // recipe.heads
         inverse = 10000.0 ** (-torch.arange(0, size, 2) / size)
         angles = torch.outer(torch.arange(recipe.seq_length), inverse).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
+    def forward(self, tokens: Tensor, alphas: Sequence[float]) -> Tensor:
+        """[b, s] -> [b, s, h]."""
+        x = self.embed_tokens(tokens)
+        for layer, alpha in zip(self.layers, alphas, strict=True):
+            x = layer(x, self.cos, self.sin, alpha)
+        return self.norm(x)
+
+
+class PlainModel(nn.Module):
+    """The paper's Llama-like decoder, with Llama's names of weights."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Build it with torch's initial weights."""
+        super().__init__()
+        self.model = Decoder(recipe)
+        self.lm_head = nn.Linear(recipe.hidden, recipe.vocabulary, bias=False)
+
     def forward(self, tokens: Tensor, labels: Tensor, alphas: Sequence[float]) -> Tensor:
         """Return the mean cross entropy of labels [b, s] after tokens [b, s]."""
-        x = self.model.embed_tokens(tokens)
-        for layer, alpha in zip(self.model.layers, alphas, strict=True):
-            x = layer(x, self.cos, self.sin, alpha)
-        logits = self.lm_head(self.model.norm(x))
+        logits = self.lm_head(self.model(tokens, alphas))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
@@ -121,16 +135,16 @@ class PlainLoop:
         self.model = PlainModel(recipe)
         self.model.load_state_dict(weights)
         self.clip_grad = recipe.clip_grad
-        decayed, rest = [], []
-        for name, weight in self.model.named_parameters():
-            (decayed if weight.dim() > 1 and "embed" not in name else rest).append(weight)
+        named = [*self.model.named_parameters()]
+        decayed = [each for name, each in named if each.dim() > 1 and "embed" not in name]
+        rest = [each for name, each in named if each.dim() == 1 or "embed" in name]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
-            fused=False,  # torch's default on a CPU, which the CPU device changes
+            fused=False,  # torch's default on a CPU
         )
 
     def train(self, steps: Iterable[tuple[Tensor, Tensor, Sequence[float]]]) -> tuple[float, float]:
