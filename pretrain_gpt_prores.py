@@ -18,12 +18,14 @@ from megatron_prores.command_line.arguments import parse_args, read_prores_flags
 from megatron_prores.environment import check_environment  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
 from megatron_prores.flags import told_in_flags  # noqa: E402
+from megatron_prores.processes import end_with_launcher  # noqa: E402
 
 
 @told_in_flags()
 def main() -> None:
     """Parse, build, and hand over to Megatron's own training program."""
     check_environment(os.environ)
+    end_with_launcher()
     _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
 
@@ -42,7 +44,7 @@ def main() -> None:
         train_valid_test_datasets_provider,
     )
     from megatron_prores.training.prores_run import model_config
-    from megatron_prores.upstream import datasets, optimizer, start_up
+    from megatron_prores.upstream import datasets, optimizer, start_up, training_loop
     from megatron_prores.warmup.scalars import close_tensorboard
 
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
@@ -51,7 +53,9 @@ def main() -> None:
     datasets.use_prebuilt_dataset_helpers()
     datasets.read_indices_as_numbers()
     optimizer.let_torch_adam_resume()
+    optimizer.let_sgd_resume()
     optimizer.align_saved_optimizer_state()
+    training_loop.end_interval_with_first_line()
     guard.install()
     args, prores = parse_args(device_name)
     if args.rank == 0:

@@ -103,6 +103,10 @@ def prepare_checkpoints(directory: Path, scratch: Path) -> None:
     for name, tracker in {"astray": "9", "babble": "yesterday", "cut_saved": "2"}.items():
         shutil.copytree(saved, directory / name)
         (directory / name / "latest_checkpointed_iteration.txt").write_text(tracker)
+    old = directory / "old" / "iter_0000002" / "mp_rank_00"
+    old.mkdir(parents=True)
+    (old / "model_optim_rng.pt").touch()
+    shutil.copy(saved / "latest_checkpointed_iteration.txt", directory / "old")
     _cut(directory / "cut_saved" / "iter_0000002" / ".metadata", 2000)
 
 

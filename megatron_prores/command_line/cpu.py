@@ -101,6 +101,11 @@ NOT_ON_CPU: tuple[Rule, ...] = (
         lambda a: a.log_memory_to_tensorboard,
         "there is no GPU whose memory could be measured",
     ),
+    (
+        "--record-memory-history",
+        lambda a: a.record_memory_history,
+        "there is no GPU whose memory could be recorded",
+    ),
     ("--log-energy", lambda a: a.log_energy, "there is no GPU to measure"),
     ("--use-flash-attn", lambda a: a.use_flash_attn, "flash attention is a CUDA kernel"),
     (

@@ -100,6 +100,11 @@ NO_EFFECT = {
         "ckpt_convert_save ckpt_convert_update_legacy_dist_opt_format"
     ),
     "it belongs to --hybrid-context-parallel, which is refused": "max_seqlen_per_dp_cp_rank",
+    "it belongs to --non-persistent-ckpt-type, which is refused": """
+        non_persistent_global_ckpt_dir non_persistent_local_ckpt_dir non_persistent_local_ckpt_algo
+        replication replication_jump replication_factor
+        """,
+    "it is found by its files anyway, and only torch_dist is taken": "auto_detect_ckpt_format",
     "it belongs to --moe-use-upcycling, which is refused": "moe_upcycling_granularity",
     "Megatron 0.19 has no code behind it": """
         onnx_safe deprecated_use_mcore_models enable_full_sharding_in_hsdp
@@ -131,11 +136,6 @@ UNTRIED = {
         use_torch_fsdp2 use_megatron_fsdp init_model_with_meta_device
         """,
     "no other optimizer than adam has trained a ProRes model yet": "optimizer",
-    "only checkpoints in torch_dist have a manifest here, and only their ProRes settings are "
-    "compared with the command line": "ckpt_format auto_detect_ckpt_format",
-    "the ProRes settings of a checkpoint are compared with those of --load alone": """
-        non_persistent_ckpt_type non_persistent_save_interval
-        """,
     "alpha follows the iteration that the run is told, not the one that was saved": (
         "override_ckpt_iteration"
     ),

@@ -74,6 +74,11 @@ _NO_MORE: tuple[Rule, ...] = (
         "Megatron 0.19 cannot build a model with it",
     ),
     (
+        "--config-logger-dir",
+        is_true("config_logger_dir"),
+        "Megatron 0.19 cannot write down the process groups of what it logs there",
+    ),
+    (
         "--full-validation",
         lambda a: a.full_validation and not a.multiple_validation_sets,
         "Megatron 0.19 ends at the first evaluation without --multiple-validation-sets; give both",
@@ -101,6 +106,11 @@ _NO_MORE: tuple[Rule, ...] = (
 )
 
 FAILS_IN_MEGATRON: tuple[Rule, ...] = (
+    (
+        "--use-distributed-optimizer with --optimizer sgd",
+        lambda a: a.use_distributed_optimizer and a.optimizer == "sgd" and not a.skip_train,
+        "Megatron does not shard the state of sgd; leave it out, or use --optimizer adam",
+    ),
     (
         "--recompute-modules mlp",
         lambda a: (
@@ -212,6 +222,11 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
     ),
 )
 
+_SAVED_APART = (
+    "its checkpoints would be loaded neither verified nor compared; a smaller --save-interval with "
+    "--save-retain-interval keeps as few"
+)
+
 # What would meet this program's hooks, checks or initial weights in a way that nobody has tried.
 _UNTRIED: tuple[Rule, ...] = (
     (
@@ -239,6 +254,24 @@ _UNTRIED: tuple[Rule, ...] = (
         "--expert-tensor-parallel-num-weight-shards",
         lambda a: a.expert_tensor_parallel_num_weight_shards is not None,
         "neither the initial weights nor the planner knows weights that are cut once more",
+    ),
+    (
+        "--non-persistent-ckpt-type",
+        is_true("non_persistent_ckpt_type"),
+        _SAVED_APART,
+    ),
+    (
+        "--non-persistent-save-interval",
+        is_true("non_persistent_save_interval"),
+        _SAVED_APART,
+    ),
+    (
+        "--ckpt-format with --save or --load",
+        lambda a: (
+            a.ckpt_format != "torch_dist" and bool(a.save or a.load or a.pretrained_checkpoint)
+        ),
+        "only checkpoints in torch_dist have a manifest, and remember the ProRes settings so that "
+        "a run which does not continue them is stopped",
     ),
     (
         "--phase-transition-iterations",

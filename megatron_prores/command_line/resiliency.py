@@ -57,7 +57,6 @@ def check_resiliency(args: Any, target: TargetEnvironment = THIS_MACHINE) -> Non
             ", or use --async-strategy mcore",
         ),
         ("--enable-ft-package", args.enable_ft_package, ""),
-        ("--non-persistent-ckpt-type local", args.non_persistent_ckpt_type == "local", ""),
         ("--fault-injector-ranks", args.fault_injector_ranks is not None, ""),
         ("--fault-injector-num-ranks", args.fault_injector_num_ranks is not None, ""),
     ):

@@ -19,6 +19,7 @@ from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.flags import FLAGS
 from megatron_prores.schedule.custom import FILE, is_custom
@@ -87,10 +88,15 @@ def _read(directory: str, step: int | None) -> SavedRun | None:
     name = directory
     try:
         choice = to_load(Path(directory), step)
-        # Without it: another format than ours; whether it can be loaded is Megatron's to say.
-        if choice is None or not (choice.directory / FORMAT).is_file():
+        if choice is None or not choice.directory.is_dir():
             return None
         name = str(choice.directory)
+        if not (choice.directory / FORMAT).is_file():
+            raise UserError(
+                f"--load {directory}: {name} is not in the format torch_dist: it could be neither "
+                "verified nor compared. Megatron-LM's own program converts it, with "
+                "--ckpt-convert-format torch_dist"
+            )
         state = StoredCheckpoint(choice.directory).common
     except DamagedError as error:
         raise UserError(f"--load {directory}: {name} cannot be read: {error}") from error
@@ -139,13 +145,19 @@ def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict
     return restored
 
 
-def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> None:
+def check_agreement(
+    args: Any,
+    prores: ProResConfig,
+    saved: SavedRun | None,
+    target: TargetEnvironment = THIS_MACHINE,
+) -> None:
     """Refuse to load a checkpoint that this run's warmup does not continue.
 
     Args:
         args: Parsed, not yet validated by Megatron.
         prores: The ProRes configuration of this run.
         saved: The checkpoint to load, or None.
+        target: The machine of the run.
 
     Raises:
         UserError: Names every setting that differs, both values, and the flag that overrides.
@@ -165,6 +177,7 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
     if args.prores_restart and not starts_at_zero:
         raise UserError("--prores-restart is for --finetune: this run goes on where it stopped")
     if saved is None:
+        _check_evaluation(args, target)
         return
     if not starts_at_zero:
         _check_learning_rate(args, saved)
@@ -183,6 +196,20 @@ def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> 
             "Give the same, or --prores-override-checkpoint to go on with those of this command "
             "line"
         )
+
+
+def _check_evaluation(args: Any, target: TargetEnvironment) -> None:
+    """Refuse to evaluate a model that nobody has trained, as Megatron does without a word."""
+    given = [root for root in (args.load, args.pretrained_checkpoint) if root is not None]
+    if not args.skip_train or any(
+        root.startswith(REMOTE)
+        or target.is_elsewhere(root)
+        or to_load(Path(root), args.ckpt_step) is not None
+        for root in given
+    ):
+        return
+    where = f"there is no checkpoint in {' or '.join(given)}" if given else "--load is missing"
+    raise UserError(f"--skip-train evaluates a trained model, and {where}")
 
 
 def _shown(value: object) -> object:

@@ -39,6 +39,7 @@ _AT_LEAST_ONE = (
     "tensorboard_log_interval",
     "save_interval",
     "exit_interval",
+    "exit_duration_in_mins",
     "log_layer_norms_interval",
 )
 

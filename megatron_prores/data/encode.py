@@ -103,8 +103,6 @@ class Encoder:
     def _token_ids(self, key: str, text: str) -> npt.NDArray[np.generic]:
         try:
             ids = np.asarray(self.tokenizer.tokenize(text) if text else [], dtype=np.int64)
-        except UnicodeEncodeError as error:
-            raise BrokenLineError(f"key {key!r} holds half of a surrogate pair") from error
         except (ValueError, OverflowError) as error:
             raise BrokenLineError(f"key {key!r} cannot be tokenized: {error}") from error
         # An id past the vocabulary would wrap around in the dtype, or crash training's embedding.

@@ -123,7 +123,8 @@ def parse_document(line: bytes, keys: Sequence[str]) -> dict[str, str] | None:
         The text of every key, or None for a blank line.
 
     Raises:
-        BrokenLineError: The line is not UTF-8, not a JSON object, or lacks the text of a key.
+        BrokenLineError: The line is not UTF-8, not a JSON object, or lacks the text of a key; or
+            that is no text: half of a surrogate pair, which each tokenizer trips over in its way.
     """
     try:
         content = line.decode("utf-8").strip()
@@ -146,6 +147,11 @@ def parse_document(line: bytes, keys: Sequence[str]) -> dict[str, str] | None:
             raise BrokenLineError(f"no key {key!r} (keys of this line: {found})")
         if not isinstance(document[key], str):
             raise BrokenLineError(f"key {key!r} is {type(document[key]).__name__}, not a string")
+        if b"\\u" in line:  # UTF-8 itself has no surrogates, but the escapes of JSON do
+            try:
+                document[key].encode()
+            except UnicodeEncodeError as error:
+                raise BrokenLineError(f"key {key!r} holds half of a surrogate pair") from error
     return {key: document[key] for key in keys}
 
 

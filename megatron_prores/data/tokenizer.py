@@ -62,8 +62,7 @@ def read_texts(inputs: Sequence[str], key: str) -> Iterator[str]:
                     document = parse_document(line, [key])
                     if document is None:
                         continue
-                    document[key].encode()
-                except (BrokenLineError, UnicodeEncodeError) as error:
+                except BrokenLineError as error:
                     raise UserError(f"{chunk.source}:{line_number}: {error}") from error
                 has_text = has_text or bool(document[key].strip())
                 yield document[key]

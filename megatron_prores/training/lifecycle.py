@@ -88,7 +88,7 @@ class Lifecycle:
         write_tracker_atomically()
         wrap(training, "initialize_megatron", (), self._initialize)
         wrap(training, "load_checkpoint", (), self._load)
-        wrap(training, "save_checkpoint", ("iteration", "non_persistent_ckpt"), self._save)
+        wrap(training, "save_checkpoint", ("iteration",), self._save)
 
     def _initialize(self, stock: Callable[[], Any], named: dict[str, Any]) -> Any:
         """Take the lock as soon as the ranks can talk, before a model is built."""
@@ -123,8 +123,6 @@ class Lifecycle:
         A finished run that is started again, and Megatron's check of results, would overwrite the
         checkpoint that the run began from: a kill meanwhile would leave none.
         """
-        if named.get("non_persistent_ckpt"):
-            return stock()
         self._on_first_rank(SaveLock.check)
         if named["iteration"] == self.saved_iteration:
             if self.lock is not None:
@@ -157,6 +155,9 @@ class Lifecycle:
                 sys.exit(EXIT_INTERRUPTED)
             raise
         finally:
+            # Python would have the system's own handlers back while it ends, and be killed by them.
+            for each in self.signals.signals:
+                signal.signal(each, signal.SIG_IGN)
             # Python waits for them when it ends, having sent them the SIGTERM that they ignore;
             # the data loader's own handler would report a worker's end as an error.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -167,16 +168,41 @@ class Lifecycle:
                 self.lock.release()
 
 
-def installed(args: Any) -> contextlib.AbstractContextManager[None]:
-    """Prepare a run, and return what its training program is to run in.
+@contextlib.contextmanager
+def installed(args: Any) -> Iterator[None]:
+    """Run the training program in this.
 
     Args:
         args: Megatron's validated arguments, before ``pretrain``. Without ``--save`` there is
             nothing to save or to lock, and signals end the run at once, as ever.
+
+    Raises:
+        SystemExit: A signal ended the run, or a process that the run needs was killed.
     """
     report_bad_numbers()
-    if not args.save or args.skip_train:
-        return contextlib.nullcontext()
-    run = Lifecycle(args)
-    run.install()
-    return run.guard()
+    with contextlib.ExitStack() as stack:
+        if args.save and not args.skip_train:
+            run = Lifecycle(args)
+            run.install()
+            stack.enter_context(run.guard())
+        try:
+            yield
+        except RuntimeError as error:
+            if not (words := _killed_process(error)):
+                raise
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            print(
+                f"error: rank {rank} (host {os.uname()[1]}): {words}. Out of memory, perhaps: see "
+                "the host's log",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(1)
+
+
+def _killed_process(error: RuntimeError) -> str:
+    """Return which process of this rank was killed; empty for another error."""
+    # torch raises it wherever the training program is, when it hears of the worker's end.
+    if str(error).startswith("DataLoader worker (pid"):
+        return f"a process that loads its data: {str(error).splitlines()[0].strip(' .')}"
+    return ""

@@ -7,20 +7,17 @@ to the whole process group, so that the training process waits for it until it i
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+from megatron_prores.processes import end_children_with_parent
 from megatron_prores.upstream.registry import replace, stock
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def _die_with_training_process() -> None:
@@ -49,25 +46,5 @@ def end_writers_with_training() -> None:
     leave that behind when the run is killed.
     """
     replace(PersistentAsyncCaller, end_writers_with_training, async_loop=writer_loop)
-    _end_children_with_parent()
+    end_children_with_parent()
     filesystem_async.get_write_results_queue("fork")
-
-
-def _end_children_with_parent() -> None:
-    """Let every process that is forked from now on end when the one that forked it is killed.
-
-    Linux only; elsewhere it does nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def in_child() -> None:
-        nonlocal parent
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # killed before the call
-            os.kill(os.getpid(), signal.SIGKILL)
-        parent = os.getpid()
-
-    os.register_at_fork(after_in_child=in_child)

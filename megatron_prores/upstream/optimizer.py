@@ -77,6 +77,29 @@ def let_torch_adam_resume() -> None:
     wrap(owner, "load_state_dict", ("self",), load_state_dict, purpose)
 
 
+def let_sgd_resume() -> None:
+    """Let a checkpoint of ``--optimizer sgd`` be loaded: Megatron has no way to lay its state out.
+
+    It lays out the state of an optimizer that has not stepped yet, for the checkpoint to overwrite,
+    and calls for that what it leaves empty for SGD.
+    """
+    from megatron.core.optimizer import optimizer
+
+    def init(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        if named["config"].optimizer == "sgd":
+            return stock(init_state_fn=_lay_momentum_out)
+        return stock()
+
+    for kind in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
+        wrap(kind, "__init__", ("config", "init_state_fn"), init, purpose=let_sgd_resume)
+
+
+def _lay_momentum_out(sgd: torch.optim.Optimizer, config: Any = None) -> None:
+    for group in sgd.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            sgd.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.data))
+
+
 def align_saved_optimizer_state() -> None:
     """Let ``--dist-ckpt-optim-fully-reshardable`` save each parameter's own optimizer state.
 

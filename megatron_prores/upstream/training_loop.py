@@ -104,6 +104,24 @@ def call_after_steps(hook: Callable[[StepFigures], None]) -> None:
     wrap(training, "training_log", needs, training_log, purpose=hook)
 
 
+def end_interval_with_first_line() -> None:
+    """Let the first line of a log be the end of an interval where it is one, as all later lines.
+
+    After a start Megatron logs the first iteration for an early look at it, and does not count it
+    as logged. Where a line was due there anyway, as with ``--log-interval 1``, losses and times of
+    the next line would be the mean of two intervals, and not those of a run that was not resumed.
+    """
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    def training_log(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        early = named.get("is_first_iteration", False)
+        return stock(is_first_iteration=early and named["iteration"] % get_args().log_interval != 0)
+
+    needs = ("iteration", "is_first_iteration")
+    wrap(training, "training_log", needs, training_log, purpose=end_interval_with_first_line)
+
+
 def call_with_throughput(hook: Callable[[int, float], None]) -> None:
     """Call the hook on every rank after Megatron has logged steps at its log interval.
 

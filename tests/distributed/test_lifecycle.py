@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_prores.errors import EXIT_INTERRUPTED
@@ -102,12 +104,44 @@ def test_launchers_hand_a_signal_on(launcher: str, code: int, tmp_path: Path) ->
         wait_for(log, "(after 2 iterations)")
         # torchrun itself knows nothing of SIGUSR1, and would die of it.
         number = signal.SIGUSR1 if launcher.startswith("megatron") else signal.SIGTERM
+        ranks = psutil.Process(job.pid).children()
         job.send_signal(number)
-        assert job.wait(25) == code, log.read_text()[-3000:]
+        # More of them change nothing, to the last instant; only torchrun itself dies of a second.
+        deadline = time.monotonic() + 60
+        while job.poll() is None and time.monotonic() < deadline:
+            for process in ranks if code == 1 else [*ranks, psutil.Process(job.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+            time.sleep(0.05)
+        assert job.returncode == code, log.read_text()[-3000:]
     finally:
         job.terminate()
         job.wait(60)
     assert f"interrupted by {number.name}: iteration {tracked(save)} is saved" in log.read_text()
+
+
+@pytest.mark.parametrize("launcher", ["megatron_prores.launch", "torch.distributed.run"])
+def test_ranks_end_with_a_launcher_that_is_killed(launcher: str, tmp_path: Path) -> None:
+    flags = [flag for flag in MODEL if not flag.startswith("--pipeline")][:-1]
+    more = ["--num-workers", "1", *ENDLESS, *at(tmp_path / "save"), *ASYNC]
+    command = [sys.executable, "-W", "ignore", "-m", launcher, "--standalone"]
+    command += ["--nproc-per-node", "1", str(MAIN_PROGRAM), *flags, *more]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        job = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    here = psutil.Process(job.pid)
+    wait_for(log, "(after 2 iterations)")
+    started = here.children(recursive=True)  # the rank, its data worker, its queue's server
+    assert len(started) >= 3
+    job.kill()
+    job.wait()
+    try:
+        assert not psutil.wait_procs(started, 30)[1], log.read_text()[-3000:]
+    finally:
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_a_second_run_on_the_same_directory_stops_on_all_ranks(tmp_path: Path) -> None:

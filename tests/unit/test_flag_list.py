@@ -30,6 +30,7 @@ BASE = shlex.split(BF16)
 
 REFUSED_WITH_A_VALUE = {
     *("--position-embedding-type", "--attention-backend", "--dataloader-type", "--tokenizer-type"),
+    "--ckpt-format",
 }
 REFUSED_ALONE = {"--num-query-groups", "--full-validation", "--multiple-validation-sets"}
 """Flags that rules name and that are refused in part: their verdict in the document is another."""

@@ -1,12 +1,18 @@
-"""The tracker file is never half written, whenever a run is killed."""
+"""The tracker file is never half written; a process that dies beside a rank is named."""
 
 from __future__ import annotations
 
+import multiprocessing
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from megatron.core.msc_utils import maybe_msc
+from torch.utils.data import DataLoader
 
+from megatron_prores.training.lifecycle import installed
+from megatron_prores.upstream.registry import undone_afterwards
 from megatron_prores.upstream.tracker_file import FilesWithAtomicTracker
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -38,3 +44,22 @@ def test_other_files_are_opened_as_ever(tmp_path: Path) -> None:
     with files.open(str(tmp_path / "other"), "r") as file:
         assert file.read() == "text"
     assert files.os.path.isfile(tmp_path / "other")
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train() -> None:
+        before = multiprocessing.active_children()
+        batches = iter(DataLoader([0] * 100_000, num_workers=1, multiprocessing_context="fork"))
+        (worker,) = set(multiprocessing.active_children()) - set(before)
+        worker.kill()
+        for _ in batches:
+            pass
+
+    args = SimpleNamespace(save=None, skip_train=False)
+    with undone_afterwards(), pytest.raises(SystemExit) as end, installed(args):
+        train()
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: rank 0 \(host .*\): a process that loads its data: DataLoader ", line)

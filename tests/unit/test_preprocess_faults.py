@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_prores.data import preprocess
+from megatron_prores.data.jsonl import BrokenLineError, parse_document
 from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import UserError
 from tests.unit.preprocess_helpers import (
@@ -39,6 +41,9 @@ def test_a_broken_line_is_named_and_ends_the_run_or_is_left_out(
     (tmp_path / "good.jsonl").write_bytes(jsonl(["first"] * 3))
     (tmp_path / "bad.jsonl").write_bytes(jsonl(["one"]) + b"\n" + line + b"\n" + jsonl(["two"]))
     inputs = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+    # Whatever the tokenizer, each of which has an error of its own.
+    with pytest.raises(BrokenLineError, match=re.escape(BROKEN[line])):
+        parse_document(line, ["text"])
     with pytest.raises(UserError) as caught:
         run(inputs, tmp_path / "out", workers)
     assert "bad.jsonl:3: " in str(caught.value)

@@ -20,7 +20,6 @@ from tests.distributed.launch import REPOSITORY
 GIVEN = {
     "--async-strategy nvrx": {"async_save": True, "async_strategy": "nvrx"},
     "--enable-ft-package": {"enable_ft_package": True},
-    "--non-persistent-ckpt-type local": {"non_persistent_ckpt_type": "local"},
     "--fault-injector-ranks": {"fault_injector_ranks": "0"},
     "--fault-injector-num-ranks": {"fault_injector_num_ranks": 1},
 }
@@ -31,7 +30,6 @@ def flags(**given: Any) -> SimpleNamespace:
         "async_save": False,
         "async_strategy": "nvrx",
         "enable_ft_package": False,
-        "non_persistent_ckpt_type": None,
         "fault_injector_ranks": None,
         "fault_injector_num_ranks": None,
     }
