@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,8 +139,10 @@ class PlainLoop:
         named = [*self.model.named_parameters()]
         decayed = [each for name, each in named if each.dim() > 1 and "embed" not in name]
         rest = [each for name, each in named if each.dim() == 1 or "embed" in name]
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        groups.append({"params": rest, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
+            groups,
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,

@@ -148,8 +148,8 @@ def verdicts(row: Row) -> Iterator[str]:
     if row["settings"]["megatron_flags"]:
         return  # the user's own model is not the one that the other targets are for
     if case.rival_target is not None:
-        share = figures(row, MAIN_PROGRAM).time
-        yield f"{name}, time against a plain loop: {_at_most(case.rival_target, share)}"
+        time = figures(row, MAIN_PROGRAM).time
+        yield f"{name}, time against a plain loop: {_at_most(case.rival_target, time)}"
     # The slower side of ProRes counts.
     if case.mfu_target is not None:
         shares = [found.mfu for found in prores.values() if found.mfu is not None]
