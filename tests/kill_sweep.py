@@ -363,16 +363,21 @@ SHORT = {"layouts": ("PP2", "DP2-async"), "kills": 12, "iterations": 10}
 """What the tests run: half of the kills on each."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--kills", type=int, default=200, help="how many SIGKILLs in all")
+    made.add_argument("--layout", choices=LAYOUTS, help="only this one")
+    made.add_argument("--seed", type=int, default=1, help="of the points and the victims")
+    made.add_argument("--iterations", type=int, default=12, help="of one run; even")
+    made.add_argument("--short", action="store_true", help="12 kills on two layouts")
+    made.add_argument("--work", type=Path, help="keep everything in this directory")
+    return made
+
+
 def main() -> int:
     """Runs the sweep that the command line describes."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="how many SIGKILLs in all")
-    parser.add_argument("--layout", choices=LAYOUTS, help="only this one")
-    parser.add_argument("--seed", type=int, default=1, help="of the points and the victims")
-    parser.add_argument("--iterations", type=int, default=12, help="of one run; even")
-    parser.add_argument("--short", action="store_true", help="12 kills on two layouts")
-    parser.add_argument("--work", type=Path, help="keep everything in this directory")
-    args = parser.parse_args()
+    args = parser().parse_args()
     layouts = [args.layout] if args.layout else [*LAYOUTS]
     if args.short:
         layouts, args.kills, args.iterations = [*SHORT["layouts"]], SHORT["kills"], 10

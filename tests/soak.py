@@ -183,14 +183,19 @@ def draw(starts: list[Start], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--iterations", type=int, default=20_000)
+    made.add_argument("--starts", type=int, default=5)
+    made.add_argument("--work", type=Path, required=True, help="a new directory")
+    made.add_argument("--picture", type=Path, help="PNG with the figures of all samples")
+    return made
+
+
 def main() -> int:
     """Run the soak that the command line describes."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--iterations", type=int, default=20_000)
-    parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--work", type=Path, required=True, help="a new directory")
-    parser.add_argument("--picture", type=Path, help="PNG with the figures of all samples")
-    args = parser.parse_args()
+    args = parser().parse_args()
     args.work.mkdir(parents=True)
     began = time.monotonic()
     starts: list[Start] = []

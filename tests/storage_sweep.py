@@ -301,12 +301,17 @@ def table(rows: Counter[tuple[str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--short", action="store_true", help="some calls, each with one error")
+    made.add_argument("--work", type=Path, help="keep everything in this new directory")
+    return made
+
+
 def main() -> int:
     """Compile and preload the library, and run the sweep."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--short", action="store_true", help="some calls, each with one error")
-    parser.add_argument("--work", type=Path, help="keep everything in this new directory")
-    args = parser.parse_args()
+    args = parser().parse_args()
     work = (args.work or Path(tempfile.mkdtemp(prefix="storage-sweep-"))).absolute()
     library = work / "faulty_storage.so"
     if os.environ.get("LD_PRELOAD") != str(library):
