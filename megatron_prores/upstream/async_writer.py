@@ -11,13 +11,15 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 from megatron_prores.processes import end_children_with_parent
-from megatron_prores.upstream.registry import replace, stock
+from megatron_prores.upstream.registry import replace, stock, wrap
 
 
 def _die_with_training_process() -> None:
@@ -48,3 +50,54 @@ def end_writers_with_training() -> None:
     replace(PersistentAsyncCaller, end_writers_with_training, async_loop=writer_loop)
     end_children_with_parent()
     filesystem_async.get_write_results_queue("fork")
+
+
+class WriterDiedError(RuntimeError):
+    """The writer died with a checkpoint half written."""
+
+
+def watch_writers() -> None:
+    """Start writers anew that were killed between two saves, and raise where one was in a save.
+
+    Without the server of its queue Megatron's next save would fail; for a writer that is dead it
+    would wait for ever.
+    """
+    purpose = watch_writers
+
+    def results_queue(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        queue = filesystem_async._results_queue
+        if queue is not None and not queue._manager._process.is_alive():
+            print("> the process that collects what a save has written was killed: here is another")
+            filesystem_async._results_queue = None
+        return stock(mp_mode="fork")
+
+    def schedule(stock: Callable[[], None], named: dict[str, Any]) -> None:
+        if _is_dead(caller := named["self"]):
+            print("> the process that writes checkpoints was killed: here is another")
+            caller.close()
+        stock()
+
+    def is_done(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
+        # All ranks come through here together: the stock call is collective.
+        while not (done := stock(blocking=False)):
+            if _is_dead(caller := named["self"]) and caller.cur_item is None:
+                caller._persistent_queue.cancel_join_thread()
+                caller.close()
+                raise WriterDiedError
+            if not named.get("blocking"):
+                break
+            time.sleep(0.1)
+        return done
+
+    def close(stock: Callable[..., None], named: dict[str, Any]) -> None:
+        stock(**({"abort": True} if _is_dead(named["self"]) else {}))
+
+    at_work = ("self", "blocking")
+    wrap(filesystem_async, "get_write_results_queue", ("mp_mode",), results_queue, purpose=purpose)
+    wrap(PersistentAsyncCaller, "schedule_async_call", ("self",), schedule, purpose=purpose)
+    wrap(PersistentAsyncCaller, "is_current_async_call_done", at_work, is_done, purpose=purpose)
+    wrap(PersistentAsyncCaller, "close", ("self", "abort"), close, purpose=purpose)
+
+
+def _is_dead(caller: PersistentAsyncCaller) -> bool:
+    return caller.process is not None and not caller.process.is_alive()

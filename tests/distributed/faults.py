@@ -102,6 +102,39 @@ class KillBeforeTheTrackerFile:
         tracker_file.atomic_write = atomic_write  # type: ignore[assignment]
 
 
+def kill_writers() -> None:
+    """On rank 1 SIGKILL takes the writer before the second save, and the next one in its second."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    if os.environ["RANK"] != "1":
+        return
+    stock, calls = filesystem_async.get_write_results_queue, 0
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # one at the start, and one for each save
+            PersistentAsyncCaller._persistent_process.kill()
+            PersistentAsyncCaller._persistent_process.join()
+        return stock(mp_mode)
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(
+        write_once
+    )
+
+
+def write_once(*args: object, written: list[object] = []) -> None:  # noqa: B006, it counts
+    """As Megatron's, in the writer, which dies in its second call."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    if written:
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(args)
+    FileSystemWriterAsync.write_preloaded_data_multithread(*args)
+
+
 def configure_twice() -> None:
     """Calls ``model_config`` two times, as a program does that asks before it runs."""
     from megatron_prores.training import prores_run as training
