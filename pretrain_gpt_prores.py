@@ -15,7 +15,7 @@ PROGRAM_START = time.time()
 
 from megatron_prores.command_line import device  # noqa: E402
 from megatron_prores.command_line.arguments import parse_args, read_prores_flags  # noqa: E402
-from megatron_prores.environment import check_environment  # noqa: E402
+from megatron_prores.environment import check_environment, raise_open_files  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
 from megatron_prores.flags import told_in_flags  # noqa: E402
 from megatron_prores.processes import end_with_launcher  # noqa: E402
@@ -26,6 +26,7 @@ def main() -> None:
     """Parse, build, and hand over to Megatron's own training program."""
     check_environment(os.environ)
     end_with_launcher()
+    raise_open_files()
     _, device_name = read_prores_flags(sys.argv[1:])
     device.prepare(device_name)
 

@@ -154,6 +154,7 @@ read_settings() {
   SILENT_NODE_SECONDS=${SILENT_NODE_SECONDS:-600}
   DEVICE=${DEVICE:-cuda}
   PRECISION=${PRECISION:-$([[ $DEVICE == cpu ]] && echo fp32 || echo bf16)}
+  MODEL_KIND=${MODEL_KIND:-gpt} # hybrid: the same model as Megatron's HybridModel (docs/hybrid.md)
 
   SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
   EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
@@ -174,6 +175,7 @@ read_settings() {
   check_numbers NNODES GPUS_PER_NODE MASTER_PORT NODE_WAIT_SECONDS DISTRIBUTED_TIMEOUT_MINUTES
   ((MASTER_PORT < 65536)) || fail "MASTER_PORT=$MASTER_PORT: a port is less than 65536"
   is_one_of "$PRECISION" bf16 fp8 fp32 || fail "PRECISION=$PRECISION: choose bf16, fp8 or fp32"
+  is_one_of "$MODEL_KIND" gpt hybrid || fail "MODEL_KIND=$MODEL_KIND: choose gpt or hybrid"
   is_one_of "$DATA" files mock || fail "DATA=$DATA: choose files or mock"
 }
 
@@ -207,12 +209,26 @@ find_nodes() {
   fi
 }
 
+# hybrid_pattern: prints *- for each layer, cut where a stage of PP or a virtual stage of VPP ends.
+hybrid_pattern() {
+  local layer stages pattern=''
+  check_numbers LAYERS PP VPP
+  stages=$((PP * VPP))
+  ((LAYERS % stages == 0)) ||
+    fail "LAYERS=$LAYERS: they do not divide into PP=$PP times VPP=$VPP stages"
+  for ((layer = 0; layer < LAYERS; layer++)); do
+    ((layer == 0 || layer % (LAYERS / stages))) || pattern+='|'
+    pattern+='*-'
+  done
+  echo "$pattern"
+}
+
 # ---- The command ---------------------------------------------------------------------------------
 
 # build_command: sets command, from the settings.
 build_command() {
   # 32000 pieces need no padding while this times TP divides them; Megatron's default is 128.
-  local divisible=$((TP < 3 ? 128 : TP < 257 ? 256 / TP : 1)) norms warmup model training layout data
+  local divisible=$((TP < 3 ? 128 : TP < 257 ? 256 / TP : 1)) norms warmup model training layout data pattern
   norms=(--norm-placement "$placement")
   ! is_one_of "$placement" scaled ds || norms=(--norm-placement pre --branch-init "$placement")
   warmup=(--prores-schedule "${schedule:-none}")
@@ -221,8 +237,14 @@ build_command() {
   elif [[ $prores == prores ]]; then
     warmup+=(--prores-warmup-iters-per-layer "$WARMUP_ITERS_PER_LAYER")
   fi
-  model=(
-    --num-layers "$LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
+  if [[ $MODEL_KIND == hybrid ]]; then
+    pattern=$(hybrid_pattern) || exit 2
+    model=(--hybrid-layer-pattern "$pattern")
+  else
+    model=(--num-layers "$LAYERS")
+  fi
+  model+=(
+    --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
     --num-attention-heads "$HEADS" --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
     --make-vocab-size-divisible-by "$divisible"
   )
@@ -234,9 +256,10 @@ build_command() {
   # shellcheck disable=SC2206 # the flags of every run, a string of the table
   training+=($recipe_flags)
   layout=(--device "$DEVICE" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
-    --use-distributed-optimizer --distributed-timeout-minutes "$DISTRIBUTED_TIMEOUT_MINUTES")
+    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable # for any layout, and for hybrid
+    --distributed-timeout-minutes "$DISTRIBUTED_TIMEOUT_MINUTES")
   [[ $CP == 1 ]] || layout+=(--context-parallel-size "$CP")
-  [[ $VPP == 1 ]] || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
+  [[ $VPP == 1 || $MODEL_KIND == hybrid ]] || layout+=(--num-virtual-stages-per-pipeline-rank "$VPP")
   [[ $PRECISION == fp32 ]] || layout+=(--bf16)
   [[ $PRECISION != fp8 ]] || layout+=(--fp8-format hybrid --fp8-recipe tensorwise) # docs/fp8.md
   if [[ $DEVICE == cuda ]]; then

@@ -21,6 +21,13 @@ def compare() -> None:
     run_program(main)
 
 
+def dataset() -> None:
+    """Run ``prores-dataset``: join, check, count and split datasets."""
+    from megatron_prores.data.dataset_tool import main
+
+    run_program(main)
+
+
 def doctor() -> None:
     """Run ``prores-doctor``: what this machine has, and what is missing."""
     from megatron_prores.doctor.main import main
@@ -78,7 +85,7 @@ def plot() -> None:
 
 
 def preprocess() -> None:
-    """Run ``prores-preprocess``: JSON lines to Megatron's indexed dataset."""
+    """Run ``prores-preprocess``: text to Megatron's indexed dataset."""
     from megatron_prores.data.preprocess import main
 
     run_program(main)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import resource
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_prores.errors import UserError
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+_OPEN_FILES = 4096
+_FEWEST_OPEN_FILES = 256
+"""A rank on the CPU device has some 150 open; each data worker and each other rank adds to it."""
 
 _LAUNCHER = "start the program with torchrun, which sets it"
 
@@ -40,6 +45,24 @@ def check_environment(environment: Mapping[str, str]) -> None:
             raise UserError(
                 f"the environment has {rank}={numbers.get(rank, 0)} and {size}={numbers[size]}: "
                 f"ranks are numbered from 0 and are less than {size}"
+            )
+
+
+def raise_open_files() -> None:
+    """Raise this process's limit of open files as far as a run may need, where it may be raised.
+
+    Raises:
+        UserError: It stays too low: libraries then fail anywhere, each in its own words.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if limit != unlimited and limit < _OPEN_FILES:
+        limit = _OPEN_FILES if most == unlimited else min(most, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        if limit < _FEWEST_OPEN_FILES:
+            raise UserError(
+                f"ulimit -n is {limit}: a process may open no more files, and a rank needs about "
+                f"{_FEWEST_OPEN_FILES}; have the hard limit raised (ulimit -H -n)"
             )
 
 

@@ -39,16 +39,21 @@ def publish(finished: Path, path: Path) -> None:
     """
     # Without the first sync a machine crash after the rename could leave an empty file under the
     # final name; without the second, no name at all.
-    _sync(finished)
+    sync(finished)
     os.replace(finished, path)
     try:
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a network file system without it
             raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until what a file or a directory holds is on the disk.
+
+    Raises:
+        OSError: The disk did not take it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

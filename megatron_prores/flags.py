@@ -23,6 +23,7 @@ FLAGS = {
     "truncated_init": "--init-method-truncated-normal",
     "embedding_weight_decay": "--embedding-weight-decay",
     "num_layers": "--num-layers",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
     "spec": "the layers that these flags select",
 }
 """Argument, or setting of a checkpoint -> the flag that it comes from."""

@@ -24,6 +24,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="What they are drawn from. Default: 1.",
     )
+    group = parser.getgroup("data", "tests/unit/test_shards.py")
+    group.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        metavar="N",
+        help="How often to kill the run that prepares files; 20 take more files. Default: 3.",
+    )
+    group = parser.getgroup("reliability", "docs/reliability.md")
+    group.addoption(
+        "--long",
+        action="store_true",
+        help="Also the tests that take minutes: a network in bad weather.",
+    )
+    group.addoption(
+        "--mutations",
+        type=int,
+        default=50,
+        metavar="N",
+        help="How many files tests/unit/test_mutated_files.py changes. Default: 50.",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

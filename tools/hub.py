@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Brings text and tokenizers from the Hugging Face Hub."""
+"""Brings a tokenizer from the Hugging Face Hub."""
 
 import _clone  # noqa: F401
 

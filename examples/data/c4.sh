@@ -8,8 +8,9 @@
 set -euo pipefail
 
 NAME=c4
-train=(--dataset allenai/c4 --name en --split train)
-valid=(--dataset allenai/c4 --name en --split validation)
+CORPUS=${CORPUS:-allenai/c4}
+train=(--dataset-name en --dataset-split train)
+valid=(--dataset-name en --dataset-split validation)
 
 # shellcheck source=examples/data/prepare.sh
 source "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"

@@ -12,8 +12,9 @@
 set -euo pipefail
 
 NAME=climbmix
-train=(--dataset karpathy/climbmix-400b-shuffle --data-files "shard_0[0-5]*.parquet")
-valid=(--dataset karpathy/climbmix-400b-shuffle --data-files shard_06542.parquet)
+CORPUS=${CORPUS:-karpathy/climbmix-400b-shuffle}
+train=(--dataset-files "shard_0[0-5]*.parquet")
+valid=(--dataset-files shard_06542.parquet)
 
 # shellcheck source=examples/data/prepare.sh
 source "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"

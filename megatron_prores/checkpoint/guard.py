@@ -43,11 +43,16 @@ def install() -> None:
     Raises:
         RuntimeError: The installed Megatron has other signatures than those relied on.
     """
+    import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.rerun_state_machine import Call, Caller
     from megatron.training import checkpointing, training, wandb_utils
 
     safe_load.install()
+    # Tuples of names and numbers, which Megatron's own list lacks: in the checkpoint of a run that
+    # ended with a bad result, to be looked at on another GPU.
+    torch.serialization.add_safe_globals([Call, Caller])
     te_state.install()
     needs = ("checkpoint_dir", "async_sharded_save", "verify_integrity")
     wrap(dist_checkpointing, "save", needs, saving.save)
@@ -225,4 +230,5 @@ def _agreed(root: Path, step: int | None) -> Newest | None:
 def _is_unreadable(error: BaseException) -> bool:
     kinds = (pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile)
     words = (json.JSONDecodeError, UnicodeDecodeError)
-    return isinstance(error, (*kinds, *words)) or "PytorchStreamReader" in str(error)
+    torchs = ("PytorchStreamReader", "metadata read failed")
+    return isinstance(error, (*kinds, *words)) or any(each in str(error) for each in torchs)

@@ -119,10 +119,17 @@ def read(directory: Path, name: str = NAME) -> Manifest | None:
         raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{name} is not a manifest") from error
-    if not manifest or any(Path(file).name != file for file in manifest):
-        # Names only: nothing outside of the checkpoint is opened.
+    if not manifest or not all(map(_is_file_name, manifest)):
         raise DamagedError(f"{name} is not a manifest")
     return manifest
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file beside the manifest can have this name; nothing elsewhere is opened."""
+    try:
+        return Path(name).name == name and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # of half a character
+        return False
 
 
 def order(directory: Path) -> int | None:

@@ -31,8 +31,10 @@ FORMAT = "metadata.json"
 """Names the format; Megatron writes it when all else of a ``torch_dist`` checkpoint is there."""
 
 RELEASE = "release"
-_COMMON = "common_state/shard_0_1"
-_OLD_COMMON = "common.pt"
+_MOST_DIGITS = 18
+"""Of an iteration; what is longer is damage, and Python refuses to read thousands of them."""
+COMMON = "common_state/shard_0_1"
+OLD_COMMON = "common.pt"
 
 
 def iteration_name(iteration: int | str) -> str:
@@ -71,9 +73,11 @@ def tracked(root: Path) -> int | str | None:
         raise DamagedError(f"{TRACKER} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
         text = ""
-    if text != RELEASE and not (text.isascii() and text.isdigit()):
+    if text == RELEASE:
+        return RELEASE
+    if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
         raise DamagedError(f"{TRACKER} does not name an iteration")
-    return RELEASE if text == RELEASE else int(text)
+    return int(text)
 
 
 def is_iteration(directory: Path) -> bool:
@@ -122,7 +126,7 @@ class StoredCheckpoint:
     @property
     def has_common(self) -> bool:
         """Whether it is a ``torch_dist`` checkpoint; others have no state common to all ranks."""
-        return _COMMON in self.index.state_dict_metadata or (self.directory / _OLD_COMMON).exists()
+        return COMMON in self.index.state_dict_metadata or (self.directory / OLD_COMMON).exists()
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -131,13 +135,13 @@ class StoredCheckpoint:
         Raises:
             DamagedError: It cannot be read, or asks for something to be executed.
         """
-        if (old := self.directory / _OLD_COMMON).exists():
-            name, state = _OLD_COMMON, self._object(_OLD_COMMON, old.read_bytes())
+        if (old := self.directory / OLD_COMMON).exists():
+            name, state = OLD_COMMON, self._object(OLD_COMMON, old.read_bytes())
         else:
-            keys = [key for key in self.index.storage_data if key.fqn == _COMMON]
+            keys = [key for key in self.index.storage_data if key.fqn == COMMON]
             if not keys:
                 raise DamagedError("it holds no arguments")
-            name, state = _COMMON, self.object(keys[0])
+            name, state = COMMON, self.object(keys[0])
             state = state[0] if isinstance(state, list) and state else state
         if not isinstance(state, dict):
             raise DamagedError(f"{name} is not what Megatron saves")

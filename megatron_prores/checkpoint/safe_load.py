@@ -24,7 +24,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_prores.upstream.registry import replace
 
@@ -102,9 +108,52 @@ def read_index(path: os.PathLike[str]) -> Metadata:
             raise
         except Exception as error:  # a damaged pickle fails in any way
             raise RefusedError(f"unreadable: {describe(error)}") from error
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+    if not isinstance(index, Metadata) or not _is_complete(index):
         raise RefusedError("unreadable: not the index of a checkpoint")
     return index
+
+
+def _is_complete(index: Metadata) -> bool:
+    """Whether an index has what its readers take for granted."""
+    try:
+        places = index.storage_data.items()
+        return all(
+            type(kind) is BytesStorageMetadata
+            or (type(kind) is TensorStorageMetadata and _has_fields(kind))
+            for kind in index.state_dict_metadata.values()
+        ) and all(
+            (type(key), type(place)) == (MetadataIndex, _StorageInfo)
+            and key.fqn in index.state_dict_metadata
+            and isinstance(place.relative_path, str)
+            and "\0" not in place.relative_path
+            and isinstance(place.offset, int)
+            and isinstance(place.length, int)
+            and min(place.offset, place.length) >= 0
+            for key, place in places
+        )
+    except (AttributeError, TypeError):  # also of what is no dictionary
+        return False
+
+
+def _has_fields(tensor: TensorStorageMetadata) -> bool:
+    """Whether a tensor has its dtype and its size, and pieces that lie within."""
+    shapes = [
+        tensor.size,
+        *(each for piece in tensor.chunks for each in (piece.offsets, piece.sizes)),
+    ]
+    return (
+        isinstance(tensor.properties.dtype, torch.dtype)
+        and all(isinstance(shape, torch.Size) for shape in shapes)
+        and all(
+            len(piece.offsets) == len(piece.sizes) == len(tensor.size)
+            and all(map(_lies_within, piece.offsets, piece.sizes, tensor.size))
+            for piece in tensor.chunks
+        )
+    )
+
+
+def _lies_within(start: int, length: int, size: int) -> bool:
+    return start >= 0 and length >= 0 and start + length <= size
 
 
 class _StandIn:

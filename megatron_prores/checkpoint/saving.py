@@ -16,8 +16,10 @@ import torch
 from megatron_prores.checkpoint import manifest, safe_load
 from megatron_prores.checkpoint.manifest import DamagedError, Manifest
 from megatron_prores.checkpoint.newest import newest
+from megatron_prores.checkpoint.reader import FORMAT
 from megatron_prores.checkpoint.verify import newest_intact
 from megatron_prores.errors import StopRun
+from megatron_prores.files import sync
 
 REMOTE = "msc://"
 """Megatron's multi-storage paths; not files of this machine, so neither verified nor hashed."""
@@ -97,6 +99,8 @@ def write_together(directory: Path) -> None:
     problem = next((words for _, words in shares if words), "")
     if rank == 0 and not problem:
         try:
+            if (form := directory / FORMAT).exists():
+                sync(form)  # the only file that neither Megatron nor torch waits for
             whole = {name: entry for part, _ in shares for name, entry in part.items()}
             manifest.write(directory, whole, order=manifest.next_order(directory.parent))
             for part in directory.glob(f"{_part('*')}*"):

@@ -12,6 +12,7 @@ from megatron_prores.checkpoint.reader import StoredCheckpoint, is_distributed
 from megatron_prores.checkpoint.settings import by_name
 from megatron_prores.checkpoint.verify import surface_damage
 from megatron_prores.config import OFF
+from megatron_prores.depth import depths_of
 from megatron_prores.errors import ArgumentError
 from megatron_prores.flags import FLAGS, as_flag, config_of
 from megatron_prores.schedule.custom import FILE, is_custom
@@ -115,14 +116,15 @@ def warmup_of(args: Namespace, iteration: int) -> Warmup:
     else:
         try:
             config = config_of(args)
-            if config.settings(args.num_layers) != settings:
+            num_layers = depths_of(args)[-1]
+            if config.settings(num_layers) != settings:
                 warmup.note = f"alpha is not shown: {schedule} is not the file of that run any more"
                 return warmup
             warmup.unit = config.unit
             samples = int(getattr(args, "consumed_train_samples", 0))
             warmup.step = samples if config.unit == "samples" else iteration
-            warmup.alphas = config.alphas(warmup.step, args.num_layers).tolist()
-            warmup.opens_at = config.opening_steps(args.num_layers)
+            warmup.alphas = config.alphas(warmup.step, num_layers).tolist()
+            warmup.opens_at = config.opening_steps(num_layers)
         except (AttributeError, TypeError, ValueError) as error:
             warmup.alphas = None
             told = error.message(as_flag) if isinstance(error, ArgumentError) else error

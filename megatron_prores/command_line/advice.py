@@ -10,6 +10,7 @@ from megatron_prores.command_line.document_masks import position_advice
 from megatron_prores.command_line.effects import effect_warnings
 from megatron_prores.command_line.fp8 import fp8_advice
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import depths_of
 from megatron_prores.schedule.timeline import Timeline, timeline_of
 
 
@@ -50,12 +51,12 @@ def advice(
 def _warmup(args: argparse.Namespace, prores: ProResConfig, timeline: Timeline) -> list[str]:
     if not prores.enabled:
         return []
-    openings = timeline.steps_at(prores.opening_steps(args.num_layers), prores.unit)
+    openings = timeline.steps_at(prores.opening_steps(depths_of(args)[-1]), prores.unit)
     late = [layer for layer, step in enumerate(openings, 1) if step and step > timeline.steps]
     if not late:
         return []
     last = max(step for step in openings if step is not None)
-    which = f"layer {late[0]}" if len(late) == 1 else f"{len(late)} of {args.num_layers} layers"
+    which = f"layer {late[0]}" if len(late) == 1 else f"{len(late)} of {len(openings)} layers"
     flag = "--prores-warmup-" + ("iters" if prores.unit == "iterations" else "samples")
     return [
         f"the warmup is longer than the training: {which} never open{'s' * (len(late) == 1)} "
@@ -69,7 +70,7 @@ def _evaluation(args: argparse.Namespace, prores: ProResConfig, timeline: Timeli
         return []
     openings = [
         step
-        for step in timeline.steps_at(prores.opening_steps(args.num_layers), prores.unit)
+        for step in timeline.steps_at(prores.opening_steps(depths_of(args)[-1]), prores.unit)
         if step
     ]
     first = min(openings, default=0)

@@ -19,6 +19,7 @@ from megatron_prores.config import (
     OFF,
     ProResConfig,
 )
+from megatron_prores.depth import depths_of, total_depth
 from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import TRACEBACK, Parser, UserError
 from megatron_prores.flags import config_of, told_in_flags
@@ -167,7 +168,9 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
         UserError: A value is wrong.
     """
     parser = add_prores_args(Parser(add_help=False, allow_abbrev=False))
-    parser.add_argument("--num-layers", type=int)  # Megatron's; a user's own schedule must fit it
+    # Megatron's; a user's own schedule must fit them.
+    parser.add_argument("--num-layers", type=int)
+    parser.add_argument("--hybrid-layer-pattern")
     parser.add_argument("--yaml-cfg")  # Megatron would read it before anybody could object
     args, _ = parser.parse_known_args(argv)
     if args.yaml_cfg is not None:
@@ -179,8 +182,9 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
     with told_in_flags():
         config = config_of(args)
         config.load()
-        if args.num_layers is not None and args.num_layers >= 1:
-            config.check_layers(args.num_layers)
+        num_layers = total_depth(args)
+        if num_layers is not None and num_layers >= 1:
+            config.check_layers(num_layers)
     if "megatron.core" in sys.modules and not had_megatron:
         # --device cpu has to be in place first.
         module = config.schedule.partition(":")[0]
@@ -268,9 +272,10 @@ def parse_args(
         raise UserError("Megatron ended the run at these flags, with the words above") from error
     vars(args).update(restored)
     with told_in_flags():
-        prores.check_layers(args.num_layers)
+        num_layers = depths_of(args)[-1]
+        prores.check_layers(num_layers)
     # Where Megatron keeps its arguments, for the run that loads the next checkpoint.
-    args.prores_settings = prores.settings(args.num_layers)
+    args.prores_settings = prores.settings(num_layers)
     return args, prores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prores.command_line.document_masks import check_document_mask
+from megatron_prores.command_line.hybrid import NOT_WITH_HYBRID, check_pattern
 from megatron_prores.command_line.never import FAILS_IN_MEGATRON, NEVER
 from megatron_prores.command_line.precision import check_fp8_hardware, check_graphs
 from megatron_prores.command_line.resiliency import check_resiliency
@@ -69,10 +70,8 @@ def check_layers(args: Any, prores: ProResConfig) -> None:
         UserError: Names the flag, and why.
     """
     if args.hybrid_layer_pattern is not None:
-        raise UserError(
-            "--hybrid-layer-pattern cannot be used with pretrain_gpt_prores.py: hybrid models are "
-            "not supported yet"
-        )
+        _refuse(args, NOT_WITH_HYBRID, "cannot be used with --hybrid-layer-pattern")
+        check_pattern(args, prores)
     if prores.needs_own_layer:
         verdict = (
             f"cannot be used with --prores-schedule other than {OFF}"

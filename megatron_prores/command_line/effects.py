@@ -24,10 +24,6 @@ _OTHER_PROGRAMS = {
         indexer_batch_size indexer_log_interval bert_binary_head mask_prob short_seq_prob
         sample_rate relative_attention_num_buckets relative_attention_max_distance vocab_extra_ids
         """,
-    "it belongs to hybrid models": """
-        mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path
-        mamba_training_ssm_states_dtype
-        """,
     "it belongs to reinforcement learning": """
         rl_prompts_per_eval grpo_prompts_per_step grpo_group_size rl_generation_lag
         rl_submission_granularity rl_consumption_granularity grpo_iterations grpo_clamp_eps_lower

@@ -187,18 +187,18 @@ _OTHER_PROGRAMS: tuple[Rule, ...] = (
         is_true("ckpt_convert_format"),
         "this program trains; it does not convert checkpoints",
     ),
-    # Upstream's validation makes --hybrid-layer-pattern of these, and takes the layers from it.
+    # Upstream's validation makes --hybrid-layer-pattern of these after our checks of it.
     (
         "--hybrid-override-pattern",
         is_true("hybrid_override_pattern"),
-        "hybrid models are not supported yet",
+        "it is no more; use --hybrid-layer-pattern",
     ),
     (
         "--mtp-hybrid-override-pattern",
         is_true("mtp_hybrid_override_pattern"),
-        "hybrid models are not supported yet",
+        "it is no more; write prediction layers behind a / in --hybrid-layer-pattern",
     ),
-    ("--is-hybrid-model", is_true("is_hybrid_model"), "hybrid models are not supported yet"),
+    ("--is-hybrid-model", is_true("is_hybrid_model"), "use --hybrid-layer-pattern"),
     (
         "--hybrid-context-parallel",
         is_true("hybrid_context_parallel"),

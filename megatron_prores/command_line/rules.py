@@ -91,13 +91,23 @@ NEEDS_PACKAGE: tuple[PackageRule, ...] = (
         "use local",
     ),
     (
-        "--experimental-attention-variant gated_delta_net",
+        "a gated delta net",
         lambda a: (
-            a.experimental_attention_variant == "gated_delta_net"
-            and a.transformer_impl == "transformer_engine"
+            "G" in (a.hybrid_layer_pattern or "")
+            or (
+                a.experimental_attention_variant == "gated_delta_net"
+                and a.transformer_impl == "transformer_engine"
+            )
         ),
         "fla",
         "flash-linear-attention",
+        "install it",
+    ),
+    (
+        "--hybrid-layer-pattern {hybrid_layer_pattern}",
+        lambda a: "M" in (a.hybrid_layer_pattern or ""),
+        "mamba_ssm",
+        "mamba-ssm",
         "install it",
     ),
     (

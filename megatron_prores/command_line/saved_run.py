@@ -19,6 +19,7 @@ from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.depth import total_depth
 from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.flags import FLAGS
@@ -43,6 +44,7 @@ _LAYOUT_FLAGS = (
     "pipeline_model_parallel_size",
     "num_virtual_stages_per_pipeline_rank",
     "num_layers_per_virtual_pipeline_stage",
+    "hybrid_layer_pattern",
 )
 """What decides which of them a rank holds."""
 
@@ -140,7 +142,9 @@ def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict
             f"{schedule}; give that flag: no code runs because a checkpoint names it"
         )
     vars(args).update(restored)
-    if args.num_layers is None:
+    if args.hybrid_layer_pattern is None:
+        args.hybrid_layer_pattern = getattr(saved.args, "hybrid_layer_pattern", None)
+    if args.num_layers is None and args.hybrid_layer_pattern is None:
         args.num_layers = getattr(saved.args, "num_layers", None)
     return restored
 
@@ -182,9 +186,10 @@ def check_agreement(
     if not starts_at_zero:
         _check_learning_rate(args, saved)
         _check_optimizer_layout(args, saved)
-    if args.prores_override_checkpoint or args.num_layers is None:
+    num_layers = total_depth(args)
+    if args.prores_override_checkpoint or num_layers is None:
         return
-    found = differences(saved.settings, prores.settings(args.num_layers))
+    found = differences(saved.settings, prores.settings(num_layers))
     told = [
         f"{FLAGS[name]} {_shown(there)} there, {_shown(here)} here"
         for name, (there, here) in found.items()
@@ -247,6 +252,14 @@ def _check_optimizer_layout(args: Any, saved: SavedRun) -> None:
         or args.skip_train
     ):
         return
+    there, here = (getattr(each, "hybrid_layer_pattern", None) for each in (saved.args, args))
+    if (there is None) != (here is None):
+        kinds = {True: "a GPT model's", False: "a hybrid model's"}
+        raise UserError(
+            f"{saved.directory} holds the optimizer in the order of {kinds[there is None]} "
+            f"parameters, and this run has {kinds[here is None]}: give --no-load-optim to start "
+            "the optimizer anew; or save with --dist-ckpt-optim-fully-reshardable there"
+        )
     # The layout is then the checkpoint's, and not known here yet.
     compared = _ORDERING_FLAGS if args.use_checkpoint_args else (*_ORDERING_FLAGS, *_LAYOUT_FLAGS)
     for name in compared:

@@ -19,6 +19,7 @@ from megatron_prores.command_line.values import check_shapes, flag_of
 from megatron_prores.config import ProResConfig
 from megatron_prores.data.dataset_files import check_token_ids
 from megatron_prores.data.megatron_tokenizer import import_tokenizers
+from megatron_prores.depth import is_gpt_pattern, main_layers, total_depth
 from megatron_prores.environment import TargetEnvironment, check_address
 from megatron_prores.errors import UserError
 from megatron_prores.upstream.registry import undone_afterwards, wrap
@@ -45,6 +46,8 @@ _MODEL = (
     "mtp_num_layers",
 )
 """Destinations of the flags that decide what parameters there are, and their shapes."""
+
+_PATTERN = "hybrid_layer_pattern"
 
 _FLAGS = {"add_bias_linear": "--disable-bias-linear"}
 """Where the flag is not the destination's name; both say the opposite."""
@@ -137,6 +140,7 @@ def _check_model(args: argparse.Namespace, saved: SavedRun | None) -> None:
     if saved is None or args.moe_use_upcycling or args.dist_ckpt_strictness not in _STRICT:
         return
     theirs, differences = vars(saved.args), []
+    _check_pattern(saved.directory, getattr(saved.args, _PATTERN, None), getattr(args, _PATTERN))
     for destination in _MODEL:
         if destination not in theirs or not hasattr(args, destination):
             continue
@@ -147,6 +151,8 @@ def _check_model(args: argparse.Namespace, saved: SavedRun | None) -> None:
         if destination == "num_query_groups" and not args.group_query_attention:
             continue
         there, here = theirs[destination], getattr(args, destination)
+        if destination == "num_layers":
+            there, here = total_depth(saved.args), total_depth(args)
         if there != here:
             opposite = destination in _FLAGS
             flag = _FLAGS.get(destination, flag_of(destination))
@@ -157,6 +163,26 @@ def _check_model(args: argparse.Namespace, saved: SavedRun | None) -> None:
         raise UserError(
             f"{saved.directory} holds another model: {'; '.join(differences)}. Give the flags that "
             "it was trained with, or --use-checkpoint-args to take them from it"
+        )
+
+
+def _check_pattern(directory: str, there: str | None, here: str | None) -> None:
+    """Refuse a hybrid model's checkpoint for another pattern; a GPT model's goes on as hybrid.
+
+    Megatron translates while it loads, in that direction alone.
+    """
+    if there is None:
+        if here is not None and (not is_gpt_pattern(here) or "/" in here):
+            raise UserError(
+                f"{directory} holds a GPT model, which goes on as --hybrid-layer-pattern *- or *E, "
+                f"over and over, and not as {here}"
+            )
+        return
+    if here is None:
+        raise UserError(f"{directory} holds a hybrid model: give --hybrid-layer-pattern {there}")
+    if main_layers(there) != main_layers(here):
+        raise UserError(
+            f"{directory} holds another model: --hybrid-layer-pattern {there} there, {here} here"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prores.command_line.rules import Rule, is_true
+from megatron_prores.depth import depths_of, is_gpt_pattern
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 
@@ -119,6 +120,12 @@ def architecture_of(
     Raises:
         UserError: There is no class for such a model.
     """
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None and not is_gpt_pattern(pattern):
+        raise UserError(
+            f"a model with --hybrid-layer-pattern {pattern} cannot be exported: there is no class "
+            "for it (only for *- or *E, over and over)"
+        )
     has_experts = bool(getattr(args, "num_experts", None))
     for flag, applies, why in (*_NO_CLASS, *(_MOE if has_experts else ())):
         if applies(args):
@@ -136,7 +143,7 @@ def architecture_of(
         "vocab_size": vocab_size,
         "hidden_size": args.hidden_size,
         "intermediate_size": (args.moe_ffn_hidden_size if has_experts else args.ffn_hidden_size),
-        "num_hidden_layers": args.num_layers,
+        "num_hidden_layers": depths_of(args)[-1],
         "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": key_value_heads(args),
         "head_dim": args.kv_channels,

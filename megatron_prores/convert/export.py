@@ -30,6 +30,7 @@ from megatron_prores.convert import tokenizer as tokenizers
 from megatron_prores.convert.architecture import Architecture, architecture_of
 from megatron_prores.convert.stored_weights import Weight, weights_of
 from megatron_prores.data.staging import staging_directory
+from megatron_prores.depth import depths_of
 from megatron_prores.errors import Parser, UserError
 from megatron_prores.flags import FLAGS, config_of, told_in_flags
 
@@ -58,20 +59,18 @@ class Source:
         return samples * int(self.args.seq_length)
 
 
-def open_checkpoint(
-    root: Path, step: int | None = None, schedule: str | None = None, step_flag: str = "--ckpt-step"
-) -> Source:
-    """Open the checkpoint to export; reads its arguments and none of its weights.
+def find_checkpoint(
+    root: Path, step: int | None = None, step_flag: str = "--ckpt-step"
+) -> StoredCheckpoint:
+    """Find a checkpoint of the distributed format, with its arguments; reads none of its weights.
 
     Args:
         root: What ``--save`` named, or the directory of one iteration in it.
         step: An iteration; None: the newest.
-        schedule: The run's own schedule, ``file:PATH`` or ``module:function``, where the checkpoint
-            cannot say what its alphas are.
         step_flag: That named ``step``, for the messages.
 
     Raises:
-        UserError: There is none, it is damaged, or its alphas are not known.
+        UserError: There is none, or it is damaged.
     """
     directory = _find(root, step, step_flag)
     if damage := surface_damage(directory):
@@ -87,11 +86,32 @@ def open_checkpoint(
     stored = StoredCheckpoint(directory)
     try:
         args = stored.args
-        iteration = int(stored.common.get("iteration", 0))
+        int(stored.common.get("iteration", 0))
     except (DamagedError, TypeError, ValueError) as error:
         raise UserError(f"--load {root}: {directory.name} cannot be read: {error}") from error
     if not hasattr(args, "num_layers"):
         raise UserError(f"--load {root}: {directory.name} does not hold the arguments of its run")
+    return stored
+
+
+def open_checkpoint(
+    root: Path, step: int | None = None, schedule: str | None = None, step_flag: str = "--ckpt-step"
+) -> Source:
+    """Open the checkpoint to export; reads its arguments and none of its weights.
+
+    Args:
+        root: What ``--save`` named, or the directory of one iteration in it.
+        step: An iteration; None: the newest.
+        schedule: The run's own schedule, ``file:PATH`` or ``module:function``, where the checkpoint
+            cannot say what its alphas are.
+        step_flag: That named ``step``, for the messages.
+
+    Raises:
+        UserError: There is none, it is damaged, or its alphas are not known.
+    """
+    stored = find_checkpoint(root, step, step_flag)
+    args, directory = stored.args, stored.directory
+    iteration = int(stored.common.get("iteration", 0))
     warmup = warmup_of(args, iteration)
     alphas = _alphas(args, iteration, warmup, schedule, directory)
     return Source(directory, stored, args, iteration, warmup, alphas)
@@ -101,14 +121,15 @@ def _alphas(
     args: Namespace, iteration: int, warmup: Warmup, schedule: str | None, directory: Path
 ) -> tuple[float, ...]:
     """Return alpha of layer 1..L at the checkpoint's iteration."""
+    num_layers = depths_of(args)[-1]
     if getattr(args, "prores_schedule", OFF) == OFF:
-        return (1.0,) * int(args.num_layers)
+        return (1.0,) * num_layers
     if schedule is not None:
         with told_in_flags():
             ours = config_of(Namespace(**{**vars(args), "prores_schedule": schedule}))
-            wanted = ours.settings(args.num_layers)
+            wanted = ours.settings(num_layers)
             step = int(args.consumed_train_samples) if ours.unit == "samples" else iteration
-            alphas = tuple(ours.alphas(step, args.num_layers).tolist())
+            alphas = tuple(ours.alphas(step, num_layers).tolist())
         # What a file or a function computes is compared by the digest of its file, not by its name.
         if differ := differences(args.prores_settings, wanted):
             raise UserError(

@@ -16,7 +16,9 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_prores.convert.names import LAYER_ENTRIES, MODEL_ENTRIES, Entry, branch_ends
+from megatron_prores.depth import is_gpt_pattern
 from megatron_prores.errors import Argument, ArgumentError
+from megatron_prores.model.hybrid_stack import hybrid_depths
 
 
 @torch.no_grad()
@@ -128,16 +130,21 @@ def _parameters(
         ValueError: The model has a parameter without a Llama name, or lacks one that has one.
     """
     for chunk in unwrap_model(chunks):
-        _check_is_llama(chunk.config)
+        _check_is_llama(chunk)
         named = dict(chunk.named_parameters())
         found: list[tuple[Entry, str, nn.Parameter, TransformerConfig]] = []
         for entry in MODEL_ENTRIES:
             # A stage in the middle has neither; a tied head is no parameter of its own.
-            if entry.megatron[0] in named:
-                found.append((entry, "", named.pop(entry.megatron[0]), chunk.config))
+            for known in entry.megatron:
+                if known in named:
+                    found.append((entry, "", named.pop(known), chunk.config))
+        depths = hybrid_depths(chunk)
         for index, layer in enumerate(chunk.decoder.layers):
-            prefix = f"model.layers.{layer.layer_number - 1}."
+            number = layer.layer_number
+            prefix = f"model.layers.{(depths[number - 1] if depths else number) - 1}."
             for entry in LAYER_ENTRIES[norm_placement]:
+                if depths and entry.of_attention != bool(number % 2):
+                    continue  # of the other layer of the pair
                 names = [f"decoder.layers.{index}.{name}" for name in entry.megatron]
                 name = next((name for name in names if name in named), None)
                 if name is None:
@@ -151,12 +158,15 @@ def _parameters(
         yield from found
 
 
-def _check_is_llama(config: TransformerConfig) -> None:
+def _check_is_llama(chunk: Any) -> None:
     """Refuse what would be split into other weights than it is made of.
 
     Raises:
         ValueError: Names the part.
     """
+    config, pattern = chunk.config, getattr(chunk, "hybrid_layer_pattern", None)
+    if pattern is not None and not is_gpt_pattern(pattern):
+        raise ValueError(f"no Llama names for a hybrid model of the pattern {pattern}")
     if not config.gated_linear_unit:
         raise ValueError("no Llama names for this model: its MLP has no gate")
     if config.attention_output_gate:

@@ -11,18 +11,29 @@ from dataclasses import dataclass
 from megatron_prores.placement import placement_of
 
 
+def is_of_attention(name: str) -> bool:
+    """Return whether a parameter, named within its layer, belongs to the layer's attention."""
+    return name.startswith(("self_attention.", "input_layernorm.", "post_self_attn_layernorm."))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One Megatron parameter and the Llama weights that it is made of."""
 
     megatron: tuple[str, ...]
-    """Its name in the model or layer; the second one where Transformer Engine fuses a norm."""
+    """Its name in the model or layer; the second one where Transformer Engine fuses a norm, and
+    in a hybrid model's stack."""
     llama: tuple[str, ...]
     """Llama names, in the order in which they are joined."""
     shard_dim: int | None
     """The dimension that is cut over tensor-parallel ranks; None where each rank holds all."""
     rows: str = ""
     """How rows are joined: "qkv" by query group, "halves" one after the other, "" not at all."""
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether it belongs to the attention of a layer, which a hybrid model has apart."""
+        return is_of_attention(self.megatron[0])
 
 
 _LINEARS = (
@@ -83,7 +94,11 @@ LAYER_ENTRIES: dict[str, tuple[Entry, ...]] = {
 
 MODEL_ENTRIES = (
     Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shard_dim=0),
-    Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",), shard_dim=None),
+    Entry(
+        ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),
+        ("model.norm.weight",),
+        shard_dim=None,
+    ),
     Entry(("output_layer.weight",), ("lm_head.weight",), shard_dim=0),
 )
 """The parameters outside the layers."""

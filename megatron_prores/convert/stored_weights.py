@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import INDEX, StoredCheckpoint
 from megatron_prores.convert.architecture import Architecture, key_value_heads
-from megatron_prores.convert.names import LAYER_ENTRIES
+from megatron_prores.convert.names import LAYER_ENTRIES, is_of_attention
+from megatron_prores.depth import depths_of
 from megatron_prores.errors import UserError
 from megatron_prores.placement import PLACEMENTS
 
@@ -55,9 +56,11 @@ def weights_of(
     """
     model = _Stored(stored, args, architecture, alphas, vocab_size)
     weights = [model.vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
-    for layer in range(args.num_layers):
+    for layer in range(depths_of(args)[-1]):
         weights += model.layer(layer)
-    weights += model.norm("decoder.final_layernorm", "model.norm")
+    weights += model.norm(
+        "decoder.final_norm" if model.is_hybrid else "decoder.final_layernorm", "model.norm"
+    )
     if args.untie_embeddings_and_output_weights:
         weights.append(model.vocabulary("output_layer.weight", "lm_head.weight"))
     model.check_all_used()
@@ -84,6 +87,7 @@ class _Stored:
         self.tensors = stored.tensors
         self.used: set[str] = set()
         self.groups = key_value_heads(args)
+        self.is_hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
 
     def check_all_used(self) -> None:
         """Refuse weights that would be left out of the export.
@@ -275,9 +279,11 @@ class _Stored:
     def _has_norm(self, base: str, layer: int) -> bool:
         return any(self._has(f"{base}{separator}weight", layer) for separator in "._")
 
-    @staticmethod
-    def _unstacked(name: str, layer: int) -> str:
+    def _unstacked(self, name: str, layer: int) -> str:
         """Return the name where Megatron keeps each layer apart, as in models of unlike layers."""
+        if self.is_hybrid:
+            # *-*-: an attention and a feed-forward layer in turn.
+            layer = 2 * layer + (not is_of_attention(name.removeprefix(_LAYERS)))
         return name.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
 
     def _size(self, name: str, layer: int = 0) -> torch.Size:

@@ -210,6 +210,11 @@ def _cuda_replacements() -> dict[str, Any]:
         "device_memory_used": _zero(),
         "reset_peak_memory_stats": _nothing(),
         "mem_get_info": _constant((0, 0)),
+        # What the straggler detector asks of a GPU.
+        "temperature": _zero(),
+        "power_draw": _zero(),
+        "utilization": _zero(),
+        "clock_rate": _zero(),
         # The random state is the CPU generator's.
         "manual_seed": _manual_seed,
         "manual_seed_all": _manual_seed,

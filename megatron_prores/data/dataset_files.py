@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_prores.data.indexed import Index, read_index
 from megatron_prores.errors import UserError
 
 _SCANNED_BYTES = 256 * 2**20
@@ -97,16 +97,16 @@ def check_dataset(flag: str, prefix: str) -> None:
                 "tools/preprocess_data.py printed, without .bin or .idx"
             )
     index = _read_index(flag, prefix)
-    lengths, pointers = index.sequence_lengths, index.sequence_pointers
+    lengths, pointers = index.lengths, index.pointers
     damaged = f"{flag} {prefix}: {prefix}.idx is damaged"
-    if len(index) == 0:
+    if len(lengths) == 0:
         raise UserError(f"{flag} {prefix}: there is no document in it; {_REMAKE}")
-    documents = index.document_indices
-    if not documents.size or documents[-1] != len(index) or documents[0] != 0:
+    documents = index.documents
+    if not documents.size or documents[-1] != len(lengths) or documents[0] != 0:
         raise UserError(f"{damaged}: its documents do not add up; {_REMAKE}")
     if lengths.min() < 0 or pointers.min() < 0:
         raise UserError(f"{damaged}: it has negative sizes; {_REMAKE}")
-    needed = int((pointers + lengths.astype(np.int64) * index.dtype_size).max())
+    needed = int((pointers + lengths.astype(np.int64) * index.dtype.itemsize).max())
     size = os.path.getsize(f"{prefix}.bin")
     if size < needed:
         raise UserError(
@@ -130,10 +130,10 @@ def check_token_ids(datasets: Iterable[tuple[str, str]], vocabulary: int, named:
     """
     chosen = list(dict.fromkeys(datasets))
     for flag, prefix in chosen:
-        dtype = np.dtype(_read_index(flag, prefix).dtype)
+        dtype = _read_index(flag, prefix).dtype
         if dtype.kind not in "iu":
             raise UserError(f"{flag} {prefix}: {prefix}.idx says that token ids are {dtype}")
-        tokens = np.memmap(f"{prefix}.bin", mode="r", dtype=np.uint8)
+        tokens: np.ndarray = np.memmap(f"{prefix}.bin", mode="r", dtype=np.uint8)
         tokens = tokens[: tokens.size // dtype.itemsize * dtype.itemsize].view(dtype)
         for block in _sample(tokens, _SCANNED_BYTES // len(chosen)):
             low, high = int(block.min()), int(block.max())
@@ -154,12 +154,10 @@ def _sample(tokens: np.ndarray, most_bytes: int) -> Iterable[np.ndarray]:
         yield tokens[block * length : (block + 1) * length]
 
 
-def _read_index(flag: str, prefix: str) -> Any:
-    from megatron.core.datasets.indexed_dataset import _IndexReader
-
+def _read_index(flag: str, prefix: str) -> Index:
     try:
-        return _IndexReader(f"{prefix}.idx", multimodal=False)
-    except (AssertionError, ValueError, KeyError, struct.error) as error:
+        return read_index(f"{prefix}.idx")
+    except ValueError as error:
         raise UserError(
             f"{flag} {prefix}: {prefix}.idx is not an index, or was cut short; {_REMAKE}"
         ) from error

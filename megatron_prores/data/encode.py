@@ -6,17 +6,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_prores.data.jsonl import BrokenLineError, Chunk, parse_document
+from megatron_prores.data.inputs import BrokenLineError, Chunk, texts_of
+from megatron_prores.data.text_tokenizer import TextTokenizer
 from megatron_prores.errors import UserError
 
 _CHUNKS_PER_WORKER = 4
@@ -27,11 +27,12 @@ _CHUNKS_PER_WORKER = 4
 class EncodedTexts:
     """The texts of one key in one chunk, as one run of token ids."""
 
-    tokens: npt.NDArray[np.generic]
-    lengths: list[int]
+    tokens: bytes
+    """In the bytes of the tokenizer's dtype."""
+    lengths: npt.NDArray[np.int32]
     """Token ids per document; those of the documents that have none are left out."""
-    empty: int = 0
-    """Documents without a token."""
+    count: int
+    """Token ids of all."""
 
 
 @dataclass
@@ -42,7 +43,12 @@ class EncodedChunk:
     """By key."""
     documents: int
     text_bytes: int
+    """UTF-8 of the documents' texts."""
     disk_bytes: int
+    next_line: int
+    """The line of the input that follows."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Lines and texts that made no document, by reason."""
     problems: list[str] = field(default_factory=list)
     """Broken lines, each with its file, line number and reason."""
 
@@ -52,74 +58,77 @@ class Encoder:
     """Tokenizes chunks of lines.
 
     Args:
-        tokenizer: A Megatron text tokenizer.
+        tokenizer: The tokenizer.
         keys: The fields that hold text.
-        dtype: Type of the token ids.
         eod: Token id appended to every document that has tokens, or None.
         stop_at_problem: Leave the rest of a chunk after its first broken line.
+        max_bytes: Longer texts are broken; None: no text is too long.
     """
 
-    tokenizer: Any
+    tokenizer: TextTokenizer
     keys: Sequence[str]
-    dtype: type[np.generic]
     eod: int | None = None
     stop_at_problem: bool = True
+    max_bytes: int | None = None
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Tokenize one chunk.
 
         Args:
-            chunk: Lines of JSON.
+            chunk: Lines of JSON, or rows.
 
         Returns:
             Token ids in the order of the lines, and the lines that could not be used.
         """
-        ids: dict[str, list[npt.NDArray[np.generic]]] = {key: [] for key in self.keys}
-        documents = 0
-        problems: list[str] = []
-        for number, line in enumerate(chunk.lines, chunk.first_line):
+        ids: dict[str, list[bytes]] = {key: [] for key in self.keys}
+        done = EncodedChunk({}, 0, 0, chunk.disk_bytes, chunk.first_line + len(chunk))
+        for number, line in chunk.documents(self.keys):
             try:
-                document = parse_document(line, self.keys)
-                if document is None:
+                texts = texts_of(line, self.keys)
+                if texts is None:
                     continue
                 # All keys before any is stored: a line counts whole or not at all.
-                encoded = {key: self._token_ids(key, text) for key, text in document.items()}
+                size = sum(self._checked_size(key, text) for key, text in texts.items())
+                encoded = {key: self._token_ids(text) for key, text in texts.items()}
             except BrokenLineError as error:
-                problems.append(f"{chunk.source}:{number}: {error}")
+                done.left_out[error.reason] += 1
+                done.problems.append(f"{chunk.source}:{number}: {error}")
                 if self.stop_at_problem:
                     break
                 continue
-            documents += 1
+            done.documents += 1
+            done.text_bytes += size
             for key, document_ids in encoded.items():
-                ids[key].append(document_ids)
-        return EncodedChunk(
-            texts={key: self._join(ids[key]) for key in self.keys},
-            documents=documents,
-            text_bytes=sum(map(len, chunk.lines)),
-            disk_bytes=chunk.disk_bytes,
-            problems=problems,
-        )
+                if document_ids:
+                    ids[key].append(document_ids)
+                else:
+                    done.left_out["empty"] += 1
+        if chunk.problem is not None:
+            done.left_out["unreadable file"] += 1
+            done.problems.append(f"{chunk.source}:{chunk.first_line}: {chunk.problem}")
+        done.texts = {key: self._join(ids[key]) for key in self.keys}
+        return done
 
-    def _token_ids(self, key: str, text: str) -> npt.NDArray[np.generic]:
-        try:
-            ids = np.asarray(self.tokenizer.tokenize(text) if text else [], dtype=np.int64)
-        except (ValueError, OverflowError) as error:
-            raise BrokenLineError(f"key {key!r} cannot be tokenized: {error}") from error
-        # An id past the vocabulary would wrap around in the dtype, or crash training's embedding.
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
+    def _checked_size(self, key: str, text: str) -> int:
+        """Return a text's bytes of UTF-8."""
+        size = len(text) if text.isascii() else len(text.encode())
+        if self.max_bytes is not None and size > self.max_bytes:
             raise BrokenLineError(
-                f"token id {wrong} is outside the tokenizer's vocabulary of "
-                f"{self.tokenizer.vocab_size}; check --tokenizer-model or --vocab-size"
+                f"key {key!r} has {size} bytes, above --max-document-bytes {self.max_bytes}",
+                "too long",
             )
-        if ids.size and self.eod is not None:
-            ids = np.append(ids, self.eod)
-        return ids.astype(self.dtype)
+        return size
 
-    def _join(self, documents: list[npt.NDArray[np.generic]]) -> EncodedTexts:
-        lengths = [ids.size for ids in documents if ids.size]
-        tokens = np.concatenate([np.empty(0, self.dtype), *documents])
-        return EncodedTexts(tokens, lengths, empty=len(documents) - len(lengths))
+    def _token_ids(self, text: str) -> bytes:
+        ids = self.tokenizer.encode(text) if text else b""
+        if ids and self.eod is not None:
+            ids += np.array(self.eod, self.tokenizer.dtype).tobytes()
+        return ids
+
+    def _join(self, documents: list[bytes]) -> EncodedTexts:
+        size = np.dtype(self.tokenizer.dtype).itemsize
+        lengths = np.array([len(ids) // size for ids in documents], np.int32)
+        return EncodedTexts(b"".join(documents), lengths, int(lengths.sum()))
 
 
 def encode_in_order(
@@ -146,7 +155,7 @@ def encode_in_order(
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
+        initializer=start_worker,
         initargs=(encoder,),
     )
     pending: deque[Future[EncodedChunk]] = deque()
@@ -158,18 +167,23 @@ def encode_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, most likely for lack of memory; "
-            f"try fewer than --workers {workers}"
-        ) from error
+        raise lost_worker(workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def lost_worker(workers: int) -> UserError:
+    """Return what to raise where one of so many worker processes has died."""
+    return UserError(
+        f"a worker process died, most likely for lack of memory; try fewer than --workers {workers}"
+    )
 
 
 _worker_encoder: Encoder
 
 
-def _start_worker(encoder: Encoder) -> None:
+def start_worker(encoder: Encoder) -> None:
+    """Make a forked process a worker: it leaves signals to its parent, and ends with it."""
     global _worker_encoder
     _worker_encoder = encoder
     # A terminal's Ctrl-C reaches every process; the parent alone decides how to end.

@@ -1,7 +1,7 @@
 """Megatron's own tokenizers, chosen with the flags that training takes.
 
-The token ids in a dataset mean what training's tokenizer says they mean, so preprocessing builds
-its tokenizer with Megatron's builder and from the same flags.
+The token ids in a dataset mean what training's tokenizer says they mean: preprocessing takes the
+same flags, see ``text_tokenizer``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.upstream.start_up import hidden
 
-_SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _BERT_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
 
 TOKENIZER_TYPES = (
-    *_SENTENCEPIECE_TYPES,
+    *SENTENCEPIECE_TYPES,
     "HuggingFaceTokenizer",
     "TikTokenizer",
     "GPT2BPETokenizer",
@@ -33,7 +33,7 @@ TOKENIZER_TYPES = (
 TRANSFORMERS_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *_BERT_TYPES)
 """Those that need the library transformers."""
 
-_MODEL_FILE_TYPES = (*_SENTENCEPIECE_TYPES, "TikTokenizer")
+_MODEL_FILE_TYPES = (*SENTENCEPIECE_TYPES, "TikTokenizer")
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,24 +145,3 @@ def build_megatron_tokenizer(args: argparse.Namespace) -> Any:
         raise UserError(
             f"--tokenizer-type {args.tokenizer_type} cannot be made from {shown}: {reason}"
         ) from error
-
-
-def end_of_document_id(tokenizer: Any) -> int:
-    """The id that ``--append-eod`` appends.
-
-    Args:
-        tokenizer: A Megatron text tokenizer.
-
-    Raises:
-        UserError: The tokenizer has no such token.
-    """
-    try:
-        eod = tokenizer.eod
-    except (AttributeError, NotImplementedError):
-        eod = None
-    if eod is None or eod < 0:
-        raise UserError(
-            "--append-eod: this tokenizer has no end-of-document (or end-of-sentence) token; "
-            "use one that has, or leave the flag out"
-        )
-    return int(eod)

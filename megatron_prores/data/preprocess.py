@@ -1,92 +1,35 @@
-"""JSON lines to Megatron's indexed dataset (``.bin`` and ``.idx``)."""
+"""Text to Megatron's indexed dataset (``.bin`` and ``.idx``): one of all inputs, or shards."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-
-from megatron_prores.data.encode import EncodedTexts, Encoder, encode_in_order
-from megatron_prores.data.jsonl import disk_size, expand_inputs, read_chunks
+from megatron_prores.data.encode import Encoder, encode_in_order
+from megatron_prores.data.indexed import ENDINGS, with_suffix
+from megatron_prores.data.inputs import Input, disk_size, expand_inputs, open_dataset
+from megatron_prores.data.make_shards import Job, make_shards
 from megatron_prores.data.megatron_tokenizer import (
     add_tokenizer_arguments,
-    build_megatron_tokenizer,
     check_tokenizer_arguments,
-    end_of_document_id,
-    silence_import_warnings,
 )
+from megatron_prores.data.output import Output, Problems, Summary, dataset_path
 from megatron_prores.data.progress import Progress
+from megatron_prores.data.readers import read_chunks
+from megatron_prores.data.shards import open_shards
 from megatron_prores.data.staging import refuse_existing, staging_directory
+from megatron_prores.data.text_tokenizer import build_text_tokenizer
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import publish
-
-_SHOWN_PROBLEMS = 20
-"""Broken lines reported one by one; a wholly broken input must not flood the log."""
-
-
-@dataclass
-class Summary:
-    """What a run wrote and left out, over all keys."""
-
-    documents: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    """By key."""
-    empty: int = 0
-    broken: int = 0
-
-
-class DatasetWriter:
-    """One indexed dataset, written in a staging folder until it is complete.
-
-    Args:
-        staging: Folder to write in.
-        final: The dataset's path without ``.bin`` and ``.idx``.
-        dtype: Type of the token ids.
-    """
-
-    def __init__(self, staging: Path, final: Path, dtype: type[np.generic]) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self._staged = staging / final.name
-        self._final = final
-        self._builder = IndexedDatasetBuilder(str(_with_suffix(self._staged, ".bin")), dtype=dtype)
-
-    def add(self, texts: EncodedTexts) -> None:
-        """Appends documents.
-
-        Args:
-            texts: Their token ids.
-        """
-        start = 0
-        for length in texts.lengths:
-            self._builder.add_document(texts.tokens[start : start + length], [length])
-            start += length
-
-    def finish(self) -> None:
-        """Completes both files, still in the staging folder."""
-        self._builder.finalize(str(_with_suffix(self._staged, ".idx")))
-
-    def publish(self) -> None:
-        """Return both files their final names, replacing those of an older dataset.
-
-        Megatron sees a dataset where both files are. The index goes last, and an old index goes
-        first: at no moment does one dataset's index lie beside another's tokens.
-        """
-        _with_suffix(self._final, ".idx").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            publish(_with_suffix(self._staged, suffix), _with_suffix(self._final, suffix))
 
 
 def preprocess(
-    inputs: Sequence[str],
+    inputs: Sequence[Input],
     prefix: Path,
     encoder: Encoder,
     workers: int,
@@ -96,7 +39,7 @@ def preprocess(
     """Write one dataset per key, named ``{prefix}_{key}_document``.
 
     Args:
-        inputs: JSONL files as :func:`megatron_prores.data.jsonl.expand_inputs` returns them.
+        inputs: As :func:`megatron_prores.data.inputs.expand_inputs` returns them.
         prefix: Start of the datasets' paths; the folder is made if missing.
         encoder: Tokenizer and its settings; ``stop_at_problem`` makes a broken line end the run.
         workers: Processes that tokenize. The result does not depend on it.
@@ -112,26 +55,21 @@ def preprocess(
             ``stop_after``, or the output cannot be written. Nothing then changes under the final
             names.
     """
-    summary = Summary()
     with staging_directory(prefix) as staging:
         try:
-            writers = {
-                key: DatasetWriter(staging, _dataset_path(prefix, key), encoder.dtype)
-                for key in encoder.keys
-            }
+            output = Output(staging, prefix, encoder)
+            summary = output.summary
+            chunks = read_chunks(inputs, encoder.keys)
             with (
-                Progress("tokenizing", disk_size(inputs), log_interval) as progress,
-                closing(encode_in_order(encoder, read_chunks(inputs), workers)) as results,
+                Progress("tokenizing", disk_size(inputs), log_interval, workers) as progress,
+                closing(encode_in_order(encoder, chunks, workers)) as results,
             ):
+                problems = Problems(encoder.stop_at_problem, progress.message)
                 for result in results:
-                    for problem in result.problems:
-                        _report(problem, summary, progress, fatal=encoder.stop_at_problem)
-                    for key, texts in result.texts.items():
-                        writers[key].add(texts)
-                        summary.tokens[key] += texts.tokens.size
-                        summary.empty += texts.empty
-                    summary.documents += result.documents
-                    progress.update(result.documents, result.text_bytes, result.disk_bytes)
+                    problems.report(result.problems)
+                    output.add(result)
+                    tokens = sum(texts.count for texts in result.texts.values())
+                    progress(result.documents, tokens, result.text_bytes, result.disk_bytes)
                     if stop_after is not None and summary.tokens.total() >= stop_after:
                         break
             _require_tokens(inputs, encoder.keys, summary)
@@ -141,23 +79,20 @@ def preprocess(
                     f"--stop-after-tokens {stop_after}: the input ended after "
                     f"{summary.tokens.total()} tokens; nothing is written"
                 )
-            for writer in writers.values():
-                writer.finish()
-            for writer in writers.values():
-                writer.publish()
+            output.finish()
+            output.publish()
         except OSError as error:
             raise UserError(f"--output-prefix {prefix}: cannot write: {error.strerror}") from error
-    seconds = max(progress.seconds, 1e-9)
     print(
-        f"{summary.documents} documents, {summary.tokens.total()} tokens in {seconds:.1f} s "
-        f"({progress.megabytes_per_second:.1f} MB/s); left out {summary.broken} broken lines "
-        f"and {summary.empty} empty texts"
+        f"{summary.documents} documents, {summary.tokens.total()} tokens in "
+        f"{progress.seconds:.1f} s ({progress.megabytes_per_second:.1f} MB/s); "
+        f"{summary.what_was_left_out()}"
     )
     return summary
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``tools/preprocess_data.py``.
+    """Run the command ``tools/preprocess_data.py``.
 
     Args:
         argv: Arguments; those of the process by default.
@@ -166,31 +101,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: An argument or input is not usable.
     """
     args = _parser().parse_args(argv)
-    inputs = expand_inputs(args.input)
-    prefix = _checked_prefix(args.output_prefix)
     keys = list(dict.fromkeys(args.json_keys))
     for key in keys:
         if os.sep in key:
             raise UserError(f"--json-keys {key}: a key with {os.sep!r} cannot be in a file name")
-    outputs = [
-        _with_suffix(_dataset_path(prefix, key), suffix)
-        for key in keys
-        for suffix in (".bin", ".idx")
-    ]
-    refuse_existing(outputs, args.overwrite)
-    for flag, value in (
-        ("--workers", args.workers),
-        ("--log-interval", args.log_interval),
-        ("--stop-after-tokens", args.stop_after_tokens),
-    ):
+    for name in ("workers", "log_interval", "stop_after_tokens", "tokens_per_shard",
+                 "max_document_bytes"):  # fmt: skip
+        value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    share = _share(args.shard)
+    if args.output_dir is None and (args.shard or args.tokens_per_shard):
+        raise UserError("--shard and --tokens-per-shard need --output-dir, not --output-prefix")
+    if args.output_dir is not None and args.overwrite:
+        raise UserError("--overwrite belongs to --output-prefix; choose another --output-dir")
+    inputs = expand_inputs(args.input) if args.input else []
     check_tokenizer_arguments(args)
+    outputs: list[Path] = []
+    if args.output_prefix is not None:
+        prefix = _checked_prefix(args.output_prefix)
+        paths = [dataset_path(prefix, key) for key in keys]
+        outputs = [with_suffix(path, ending) for path in paths for ending in ENDINGS]
+        refuse_existing(outputs, args.overwrite)
+    if args.dataset is not None:
+        inputs = open_dataset(
+            args.dataset, args.dataset_name, args.dataset_split, args.dataset_files
+        )
     # A scheduler's SIGTERM ends the run as Ctrl-C does: through the clean-up, with one line.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         encoder = _build_encoder(args, keys)
-        preprocess(inputs, prefix, encoder, args.workers, args.log_interval, args.stop_after_tokens)
+        if args.output_prefix is not None:
+            preprocess(
+                inputs, prefix, encoder, args.workers, args.log_interval, args.stop_after_tokens
+            )
+        else:
+            shards = open_shards(args.output_dir, _settings(args, encoder), inputs)
+            job = Job(shards, inputs, encoder, args.tokens_per_shard)
+            make_shards(job, share, args.workers, args.log_interval, args.stop_after_tokens)
     finally:
         signal.signal(signal.SIGTERM, previous)
     for path in outputs:
@@ -198,17 +146,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Turn JSON lines into the indexed dataset that Megatron trains on.")
+    parser = Parser(description="Turn text into the indexed datasets that Megatron trains on.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", nargs="+", metavar="FILE",
+        help="JSON lines (also .gz, .zst), parquet, directories, glob patterns, - for standard "
+        "input",
+    )  # fmt: skip
+    source.add_argument("--dataset", help="Hugging Face data set to stream: a name or a directory")
+    parser.add_argument("--dataset-name", help="part of the data set, as in en")
+    parser.add_argument("--dataset-split", default="train", help="default: train")
+    parser.add_argument("--dataset-files", help="pattern of its files to read, else all")
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE",
-        help="JSONL files (.jsonl, .gz, .zst), glob patterns, or - for standard input",
+        "--json-keys", nargs="+", default=["text"],
+        help="fields or columns with text (default: text)",
+    )  # fmt: skip
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument(
+        "--output-prefix", metavar="PREFIX",
+        help="one dataset of all inputs: writes PREFIX_{key}_document.bin and .idx",
+    )  # fmt: skip
+    output.add_argument(
+        "--output-dir", metavar="DIR", type=Path,
+        help="a shard for each input; started again it makes those that are missing",
     )  # fmt: skip
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="fields with text (default: text)"
-    )
+        "--shard", metavar="I/N",
+        help="with --output-dir: make every N-th input, from the I-th; I is 1 to N",
+    )  # fmt: skip
     parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX",
-        help="writes PREFIX_{key}_document.bin and .idx",
+        "--tokens-per-shard", type=int, metavar="N",
+        help="with --output-dir: close a shard with so many tokens, and go on in the next",
     )  # fmt: skip
     parser.add_argument(
         "--append-eod", action="store_true", help="end every document with the end-of-document id"
@@ -223,29 +191,53 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--on-error", choices=("fail", "skip"), default="fail",
-        help="end the run at a broken line, or report, skip and count it (default: fail)",
+        help="end the run at a broken line or file, or report, skip and count it (default: fail)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-document-bytes", type=int, metavar="N",
+        help="a longer text is taken for a broken line (default: none is too long)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument(
         "--stop-after-tokens", type=int, metavar="N",
-        help="leave the rest of the input unread; fewer tokens than N are an error",
+        help="leave the rest of the input unread; fewer than N are an error with --output-prefix",
     )  # fmt: skip
     add_tokenizer_arguments(parser)
     return parser
 
 
 def _build_encoder(args: argparse.Namespace, keys: Sequence[str]) -> Encoder:
-    silence_import_warnings()
-    from megatron.core.datasets.indexed_dataset import DType
-
-    tokenizer = build_megatron_tokenizer(args)
+    tokenizer = build_text_tokenizer(args)
     return Encoder(
         tokenizer,
         keys,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
-        eod=end_of_document_id(tokenizer) if args.append_eod else None,
+        eod=tokenizer.end_of_document_id() if args.append_eod else None,
         stop_at_problem=args.on_error == "fail",
+        max_bytes=args.max_document_bytes,
     )
+
+
+def _settings(args: argparse.Namespace, encoder: Encoder) -> dict[str, object]:
+    """Collect what decides the bytes of a shard."""
+    return {
+        "--tokenizer-type": args.tokenizer_type,
+        "a tokenizer of sha256": encoder.tokenizer.digest,
+        "a vocabulary of": encoder.tokenizer.vocab_size,
+        "end-of-document id": encoder.eod,
+        "special tokens": not args.tokenizer_hf_no_include_special_tokens,
+        "--json-keys": list(encoder.keys),
+        "--tokens-per-shard": args.tokens_per_shard,
+        "--max-document-bytes": args.max_document_bytes,
+    }
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text}: give I/N with I from 1 to N, as in 3/8")
+    return int(match[1]), int(match[2])
 
 
 def _checked_prefix(value: str) -> Path:
@@ -254,31 +246,14 @@ def _checked_prefix(value: str) -> Path:
     return Path(value)
 
 
-def _dataset_path(prefix: Path, key: str) -> Path:
-    return prefix.with_name(f"{prefix.name}_{key}_document")
-
-
-def _with_suffix(path: Path, suffix: str) -> Path:
-    # Not Path.with_suffix: in a prefix like "v1.5" the dot is the user's.
-    return path.with_name(path.name + suffix)
-
-
-def _report(problem: str, summary: Summary, progress: Progress, fatal: bool) -> None:
-    if fatal:
-        raise UserError(f"{problem} (--on-error skip leaves such lines out)")
-    summary.broken += 1
-    if summary.broken <= _SHOWN_PROBLEMS:
-        progress.message(f"skipped {problem}")
-    elif summary.broken == _SHOWN_PROBLEMS + 1:
-        progress.message("skipped more broken lines; from here on they are only counted")
-
-
-def _require_tokens(inputs: Sequence[str], keys: Sequence[str], summary: Summary) -> None:
+def _require_tokens(inputs: Sequence[Input], keys: Sequence[str], summary: Summary) -> None:
     # Per key: Megatron cannot map an empty .bin file.
     for key in keys:
         if not summary.tokens[key]:
+            names = [each.name for each in inputs]
+            shown = " ".join(names[:5] + ["..."] * (len(names) > 5))
             raise UserError(
-                f"--input {' '.join(inputs)}: no document with text under the key {key!r} "
+                f"--input {shown}: no document with text under the key {key!r} "
                 f"({summary.broken} broken lines, {summary.empty} empty texts)"
             )
 

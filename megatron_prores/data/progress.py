@@ -20,11 +20,20 @@ class Progress:
         disk_bytes: Bytes of all inputs on disk, or None when not known (standard input).
         log_interval: Documents between two lines when standard error is no terminal; None for a
             line every ten seconds.
+        processes: Processes that share the work.
     """
 
-    def __init__(self, title: str, disk_bytes: int | None, log_interval: int | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        disk_bytes: int | None,
+        log_interval: int | None = None,
+        processes: int = 1,
+    ) -> None:
         self.documents = 0
+        self.tokens = 0
         self.text_bytes = 0
+        self._processes = processes
         self._title = title
         self._total = disk_bytes
         self._disk_bytes = 0
@@ -67,20 +76,22 @@ class Progress:
         """Text done per second so far, in 10^6 bytes (after decompression)."""
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
-    def update(self, documents: int, text_bytes: int, disk_bytes: int) -> None:
+    def __call__(self, documents: int, tokens: int, text_bytes: int, disk_bytes: int) -> None:
         """Count work that is finished, and show it when it is time to.
 
         Args:
             documents: Documents finished since the last call.
+            tokens: Their tokens.
             text_bytes: Their size in bytes.
             disk_bytes: What was read from the disk for them, in bytes.
         """
         self.documents += documents
+        self.tokens += tokens
         self.text_bytes += text_bytes
         self._disk_bytes += disk_bytes
         if self._bar is not None:
-            speed = f"{self.megabytes_per_second:.1f} MB/s of text"
-            self._bar.set_postfix_str(f"{self.documents} documents, {speed}", refresh=False)
+            text = f"{self.documents} documents, {self._speed()}"
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(disk_bytes)
         elif self._line_due():
             self._last_time = time.monotonic()
@@ -100,5 +111,14 @@ class Progress:
         share = f"{100 * self._disk_bytes / self._total:.0f} %, " if self._total else ""
         return (
             f"{self._title}: {share}{self.documents} documents, {self.text_bytes / 1e6:.1f} MB, "
-            f"{self.megabytes_per_second:.1f} MB/s"
+            f"{self._speed()}"
         )
+
+    def _speed(self) -> str:
+        """Return the speed of text, in all and of each process, and of tokens."""
+        speed = f"{self.megabytes_per_second:.1f} MB/s of text"
+        if self._processes > 1:
+            speed += f" ({self.megabytes_per_second / self._processes:.1f} per process)"
+        if self.tokens:
+            speed += f", {self.tokens / 1e6 / max(self.seconds, 1e-9):.2f}M tokens/s"
+        return speed

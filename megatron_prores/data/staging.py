@@ -33,8 +33,12 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
             raise UserError(f"{path} already exists; choose another name or pass --overwrite")
 
 
+class BusyError(UserError):
+    """Another run is writing the same output."""
+
+
 @contextmanager
-def staging_directory(final: Path) -> Iterator[Path]:
+def staging_directory(final: Path, wait: bool = False) -> Iterator[Path]:
     """Make a folder beside ``final`` to write in, owned by this run alone and removed at its end.
 
     It lies on the file system of the final name, so that ``files.publish`` is a rename. What a
@@ -44,23 +48,25 @@ def staging_directory(final: Path) -> Iterator[Path]:
     Args:
         final: The name, or the common start of the names, under which the outputs will appear. Its
             parent folder is made if missing.
+        wait: Wait for another run that writes the same output.
 
     Yields:
         The folder, holding nothing but its lock file.
 
     Raises:
-        UserError: The folder cannot be made or written, or another run is writing the same output.
+        UserError: The folder cannot be made or written.
+        BusyError: Another run is writing the same output.
     """
-    staging = final.with_name(f".{final.name}.staging")
+    staging = staging_path(final)
     try:
-        lock = _lock(staging)
-        for leftover in staging.iterdir():
+        lock = _lock(staging, wait)
+        for leftover in staging.iterdir() if lock is not None else ():
             if leftover.name != _LOCK_NAME:
                 _remove(leftover)
     except OSError as error:
         raise UserError(f"cannot write in {final.parent or '.'}: {error.strerror}") from error
     if lock is None:
-        raise UserError(f"another run is writing {final} now; let it finish, or stop it first")
+        raise BusyError(f"another run is writing {final} now; let it finish, or stop it first")
     try:
         yield staging
     finally:
@@ -68,7 +74,12 @@ def staging_directory(final: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(staging: Path) -> int | None:
+def staging_path(final: Path) -> Path:
+    """Return the folder that :func:`staging_directory` makes for an output."""
+    return final.with_name(f".{final.name}.staging")
+
+
+def _lock(staging: Path, wait: bool) -> int | None:
     """Return an open descriptor that holds the folder's lock, or None when another run has it."""
     while True:
         staging.mkdir(parents=True, exist_ok=True)
@@ -77,7 +88,7 @@ def _lock(staging: Path) -> int | None:
         try:
             # A POSIX lock, unlike flock, is not inherited across fork: orphaned workers of a killed
             # run do not keep it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in _HELD_BY_ANOTHER:
                 os.close(lock)

@@ -17,14 +17,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_prores.data.jsonl import (
+from megatron_prores.data.inputs import (
     BrokenLineError,
+    Input,
     disk_size,
     expand_inputs,
-    parse_document,
-    read_chunks,
+    texts_of,
 )
 from megatron_prores.data.progress import Progress
+from megatron_prores.data.readers import read_chunks
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
 from megatron_prores.files import publish
@@ -44,11 +45,11 @@ _THREADS = 16
 """Part of the result: each thread rounds its counts apart. So not the number of cores here."""
 
 
-def read_texts(inputs: Sequence[str], key: str) -> Iterator[str]:
+def read_texts(inputs: Sequence[Input], key: str) -> Iterator[str]:
     """Read the documents of JSONL files.
 
     Args:
-        inputs: Files as :func:`megatron_prores.data.jsonl.expand_inputs` returns them.
+        inputs: Files as :func:`megatron_prores.data.inputs.expand_inputs` returns them.
         key: The field that holds the text.
 
     Raises:
@@ -56,19 +57,24 @@ def read_texts(inputs: Sequence[str], key: str) -> Iterator[str]:
     """
     has_text = False
     with Progress("reading", disk_size(inputs)) as progress:
-        for chunk in read_chunks(inputs):
-            for line_number, line in enumerate(chunk.lines, chunk.first_line):
+        for chunk in read_chunks(inputs, [key]):
+            if chunk.problem is not None:
+                raise UserError(f"{chunk.source}: {chunk.problem}")
+            size = 0
+            for line_number, line in chunk.documents([key]):
                 try:
-                    document = parse_document(line, [key])
+                    document = texts_of(line, [key])
                     if document is None:
                         continue
+                    size += len(document[key].encode())
                 except BrokenLineError as error:
                     raise UserError(f"{chunk.source}:{line_number}: {error}") from error
                 has_text = has_text or bool(document[key].strip())
                 yield document[key]
-            progress.update(len(chunk.lines), sum(map(len, chunk.lines)), chunk.disk_bytes)
+            progress(len(chunk), 0, size, chunk.disk_bytes)
     if not has_text:
-        raise UserError(f"--input {' '.join(inputs)}: no text under the key {key!r}")
+        names = " ".join(each.name for each in inputs)
+        raise UserError(f"--input {names}: no text under the key {key!r}")
 
 
 def train_model(texts: Iterable[str], vocab_size: int, most_lines: int = _MOST_LINES) -> bytes:

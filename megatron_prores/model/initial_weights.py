@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import plain_depths
 from megatron_prores.errors import Argument, ArgumentError
+from megatron_prores.model.hybrid_stack import hybrid_depths
 from megatron_prores.model.with_prores import INPUT_NORM_SLOTS
 from megatron_prores.placement import PLACEMENTS
 
@@ -53,7 +56,8 @@ def configure(config: TransformerConfig, prores: ProResConfig) -> None:
     """Set what Megatron draws the weights from, in place, before the model is built.
 
     Upstream's default divides the standard deviation of the attention-output and MLP-down
-    projections by sqrt(2L), as GPT-2 did; ``scaled`` keeps that.
+    projections by sqrt(2L), as GPT-2 did; ``scaled`` keeps that. In a hybrid model upstream takes
+    the length of the pattern for 2L.
 
     Args:
         config: The model's configuration.
@@ -61,9 +65,10 @@ def configure(config: TransformerConfig, prores: ProResConfig) -> None:
     """
     if prores.truncated_init:
         std, embedding = config.init_method_std, config.embedding_init_method_std
+        branches = config.num_layers * (1.0 if config.is_hybrid_model else 2.0)
         config.init_method = partial(_draw_truncated_normal, std=std)
         config.output_layer_init_method = partial(
-            _draw_truncated_normal, std=std / math.sqrt(2.0 * config.num_layers)
+            _draw_truncated_normal, std=std / math.sqrt(branches)
         )
         config.embedding_init_method = partial(_draw_truncated_normal, std=embedding)
     if prores.initialization != "scaled":
@@ -94,18 +99,21 @@ def finish(chunks: list[Any], prores: ProResConfig) -> None:
         ArgumentError: The model has a branch that this is not defined for.
     """
     for chunk in chunks:
+        hybrid = hybrid_depths(chunk)
         for layer in chunk.decoder.layers:
+            depths = hybrid or plain_depths(layer.config.num_layers)
+            depth = depths[layer.layer_number - 1]
             if PLACEMENTS[prores.norm_placement].scaled_norms:
                 # Megatron's zero-centered norms multiply by 1 + weight.
                 offset = 1.0 if layer.config.layernorm_zero_centered_gamma else 0.0
                 for weight in _input_norm_weights(layer):
-                    weight.fill_(1.0 / math.sqrt(layer.layer_number) - offset)
+                    weight.fill_(1.0 / math.sqrt(depth) - offset)
             if prores.initialization == "deepnorm":
-                _rescale_to_deepnorm(layer, layer.config)
+                _rescale_to_deepnorm(layer, layer.config, depths[-1])
             if prores.initialization == "ds":
                 for name, weight in layer.named_parameters():
                     if _LAST_LINEAR.search(name):
-                        weight.mul_(1.0 / math.sqrt(2.0 * layer.layer_number))
+                        weight.mul_(1.0 / math.sqrt(2.0 * depth))
 
 
 def mark_shards(chunks: list[Any]) -> None:
@@ -127,12 +135,17 @@ def mark_shards(chunks: list[Any]) -> None:
 
 def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
     """Yield the weights of the norms before the branches, fused into a linear or not."""
-    for norm, branch in (
-        (layer.input_layernorm, layer.self_attention),
-        (layer.pre_mlp_layernorm, layer.mlp),
-    ):
+    branches = (
+        [(layer.norm, layer.mixer)]
+        if isinstance(layer, MambaLayer)
+        else [
+            (layer.input_layernorm, layer.self_attention),
+            (layer.pre_mlp_layernorm, layer.mlp),
+        ]
+    )
+    for norm, branch in branches:
         if isinstance(branch, IdentityOp):
-            continue  # left out of a heterogeneous model
+            continue  # a layer without it
         fused = (branch, *(getattr(branch, slot, None) for slot in INPUT_NORM_SLOTS))
         places = [(norm, "weight"), *((module, "layer_norm_weight") for module in fused)]
         found = (getattr(module, name, None) for module, name in places)
@@ -145,13 +158,13 @@ def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
         yield weight
 
 
-def _rescale_to_deepnorm(layer: Any, config: TransformerConfig) -> None:
+def _rescale_to_deepnorm(layer: Any, config: TransformerConfig, num_layers: int) -> None:
     """Turn normal(0, init_method_std) draws into DeepNorm's Xavier-normal ones.
 
     Gain (8L)^(-1/4) for the value, attention-output and MLP projections, 1 for query and key; the
     fan-in and fan-out of a projection are those of its whole matrix, whatever a rank holds of it.
     """
-    gain = (8.0 * config.num_layers) ** -0.25
+    gain = (8.0 * num_layers) ** -0.25
     hidden, channels = config.hidden_size, config.kv_channels
     query = channels * config.num_attention_heads
     groups = config.num_query_groups or config.num_attention_heads

@@ -1,7 +1,8 @@
-"""The transformer layer with the residual hook: x + alpha F(N(x)), or where else the norms sit.
+"""The layer with the residual hook: x + alpha F(N(x)), or where else the norms sit.
 
 Megatron's TransformerLayer adds a branch to the residual stream in its bias-dropout-add ("bda")
-submodules, ``self_attn_bda`` and ``mlp_bda``. ProRes scales there and nowhere else, so that
+submodules, ``self_attn_bda`` and ``mlp_bda``; a hybrid model's layers have one of them, or
+``mamba_bda``. ProRes scales there and nowhere else, so that
 recompute, every kind of parallelism, MoE, MLA and the fine-grained schedules that call a layer's
 bda themselves all see it, and Transformer Engine's low-precision GEMMs stay as they are: the scalar
 multiplies their high-precision output (paper, section 3).
@@ -13,11 +14,13 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
 from megatron.core.jit import jit_fuser
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.torch_norm import LayerNormBuilder
@@ -29,6 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_prores.depth import Depths
 from megatron_prores.placement import PLACEMENTS
 
 BranchOutput = tuple[Tensor, Tensor | None]
@@ -77,8 +81,16 @@ class ProResLayerSubmodules(TransformerLayerSubmodules):
     """N2 of the MLP branch (sandwich), or N of its sum (post, deepnorm)."""
 
 
+@dataclass
+class ProResMambaLayerSubmodules(MambaLayerSubmodules):
+    """Megatron's parts of a Mamba layer, and the norm that stands behind its branch."""
+
+    post_mamba_layernorm: LayerNormBuilder = IdentityOp
+    """N2 of the branch (sandwich), or N of its sum (post, deepnorm)."""
+
+
 class ProResLayerMixin:
-    """Scales the residual branches of a Megatron transformer layer by ``alpha``.
+    """Scales the residual branches of a Megatron layer by ``alpha``.
 
     ``alpha`` is a float32 scalar tensor on the layer's device, changed in place by
     :meth:`set_alpha`: nothing recompiles when it moves, and a captured CUDA graph reads the new
@@ -88,41 +100,56 @@ class ProResLayerMixin:
 
     alpha: Tensor
     layer_number: int
-    is_mtp_layer: bool
+    is_mtp_layer: bool = False
     _stock_bda: Callable[[bool, bool], BiasDropoutAdd] | None = None
-    """Megatron's bda submodule, the same for both branches."""
+    """Megatron's bda submodule, the same for all branches."""
+
+    branches: ClassVar[dict[str, str]] = {
+        "self_attn_bda": "post_self_attn_layernorm",
+        "mlp_bda": "post_mlp_layernorm",
+    }
+    """The bias-dropout-add of each branch -> the norm that may stand behind it."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: ProResLayerSubmodules,
+        submodules: ProResLayerSubmodules | ProResMambaLayerSubmodules,
         *args: Any,
         norm_placement: str = "pre",
+        depths: Depths | None = None,
         **kwargs: Any,
     ) -> None:
+        """Build Megatron's layer and put the hook into it.
+
+        Args:
+            config: The model's configuration.
+            submodules: Of the layer.
+            *args: As for Megatron's layer.
+            norm_placement: One of ``placement.PLACEMENTS``.
+            depths: l of every layer of a hybrid model; None where the layers are the L.
+            **kwargs: As for Megatron's layer.
+        """
         super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]
         self.placement = PLACEMENTS[norm_placement]
-        self.stream_gain = self.placement.stream_gain(config.num_layers)
+        self.depths = depths
+        self.stream_gain = self.placement.stream_gain(depths[-1] if depths else config.num_layers)
         norm_arguments = {
             "config": config,
             "hidden_size": config.hidden_size,
             "eps": config.layernorm_epsilon,
         }
-        self.post_self_attn_layernorm = submodules.post_self_attn_layernorm(**norm_arguments)
-        self.post_mlp_layernorm = submodules.post_mlp_layernorm(**norm_arguments)
+        for slot in self.branches.values():
+            setattr(self, slot, getattr(submodules, slot)(**norm_arguments))
 
         self.alpha = torch.ones((), dtype=torch.float32, device=_device_of(self))
         self._alpha_value = 1.0
         # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
         self._always_scale = config.cuda_graph_impl != "none"
-        for name, norm in (
-            ("self_attn_bda", self.post_self_attn_layernorm),
-            ("mlp_bda", self.post_mlp_layernorm),
-        ):
+        for name, slot in self.branches.items():
             stock = getattr(self, name)
-            # A heterogeneous model leaves a branch out: there is nothing to add, nor to scale.
+            # A layer without this branch: there is nothing to add, nor to scale.
             if not isinstance(stock, IdentityFuncOp):
-                setattr(self, name, partial(self._get_bda, stock, norm))
+                setattr(self, name, partial(self._get_bda, stock, getattr(self, slot)))
                 self._stock_bda = stock
         if not self.placement.is_stock:
             # Megatron enables gradients around every bda, even in an evaluation and in the first
@@ -136,7 +163,9 @@ class ProResLayerMixin:
         ``layer_number`` already counts over pipeline and virtual-pipeline stages. Multi-token
         prediction layers number from 1 again and are not part of the L layers.
         """
-        return None if self.is_mtp_layer else self.layer_number
+        if self.is_mtp_layer:
+            return None
+        return self.depths[self.layer_number - 1] if self.depths else self.layer_number
 
     def set_alpha(self, value: float) -> None:
         """Set alpha in place; takes effect with the next forward pass.
@@ -245,13 +274,13 @@ class ProResLayerMixin:
         """
         modules = super()._get_submodules_under_cudagraphs()  # type: ignore[misc]
         parts = self.config.cuda_graph_modules  # type: ignore[attr-defined]
-        if not parts:
+        if self in modules:
             return modules  # the layer as a whole
         mlp = CudaGraphModule.moe if self.is_moe_layer else CudaGraphModule.mlp  # type: ignore[attr-defined]
         if CudaGraphModule.attn in parts:
-            modules.append(self.post_self_attn_layernorm)
+            modules.append(self.post_self_attn_layernorm)  # type: ignore[attr-defined]
         if mlp in parts:
-            modules.append(self.post_mlp_layernorm)
+            modules.append(self.post_mlp_layernorm)  # type: ignore[attr-defined]
         return modules
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -275,8 +304,20 @@ class ProResMoETransformerLayer(ProResLayerMixin, MoETransformerLayer):
     """Megatron's mixture-of-experts transformer layer with ProRes."""
 
 
+class ProResMLPLayer(ProResLayerMixin, MLPLayer):
+    """A hybrid model's layer of an MLP alone, with ProRes."""
+
+
+class ProResMambaLayer(ProResLayerMixin, MambaLayer):
+    """A hybrid model's Mamba layer, with ProRes."""
+
+    branches: ClassVar[dict[str, str]] = {"mamba_bda": "post_mamba_layernorm"}
+
+
 PRORES_LAYERS: dict[type, type] = {
     TransformerLayer: ProResTransformerLayer,
     MoETransformerLayer: ProResMoETransformerLayer,
+    MLPLayer: ProResMLPLayer,
+    MambaLayer: ProResMambaLayer,
 }
 """Stock layer class -> its counterpart with ProRes."""

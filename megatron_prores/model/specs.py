@@ -51,26 +51,39 @@ def prores_layer_spec(
     """
     spec = default_layer_spec(config, vp_stage)
     transformer = config.transformer
-    if transformer.sequence_parallel and _has_torch_norms(transformer):
+    if transformer.sequence_parallel and has_torch_norms(transformer):
         # Upstream picks the final norm by what is installed; only a block spec can name it.
         if isinstance(spec, ModuleSpec):
             layers = [spec] * get_num_layers_to_build(transformer, vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=layers)
         spec = dataclasses.replace(spec, layer_norm=sequence_parallel_norm)
+    return with_prores(with_local_parts(spec, transformer, document_masks), norm_placement)
+
+
+def with_local_parts[S: Spec](spec: S, config: TransformerConfig, document_masks: bool) -> S:
+    """Exchange parts of the local spec for ours, where the configuration needs them.
+
+    Args:
+        spec: Of a layer or a block.
+        config: Of the model.
+        document_masks: Whether attention masks keep documents apart.
+    """
+    if config.sequence_parallel and has_torch_norms(config):
         spec = _for_each_layer(spec, _with_sequence_parallel_norms)
-    if transformer.attention_backend in FUSED_BACKENDS:
+    if config.attention_backend in FUSED_BACKENDS:
         spec = _for_each_layer(spec, partial(_with_fused_attention, document_masks))
-    return with_prores(spec, norm_placement)
+    return spec
 
 
-def _has_torch_norms(config: TransformerConfig) -> bool:
+def has_torch_norms(config: TransformerConfig) -> bool:
+    """Return whether Megatron takes torch's norms, which refuse sequence parallelism."""
     if config.transformer_impl != "local":
         return False
     rms_norm = config.normalization == "RMSNorm"
     return LocalSpecProvider().layer_norm(rms_norm=rms_norm) is WrappedTorchNorm
 
 
-def _for_each_layer(spec: Spec, change: Callable[[Any], dict[str, Any]]) -> Spec:
+def _for_each_layer[S: Spec](spec: S, change: Callable[[Any], dict[str, Any]]) -> S:
     """Exchange parts of every layer, of which ``change`` returns the new ones by name."""
     if isinstance(spec, TransformerBlockSubmodules):
         layers = [_for_each_layer(layer, change) for layer in spec.layer_specs]

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.tensor_parallel.inference_layers import InferenceRowParallelLinear
 from megatron.core.transformer.heterogeneous.linear_replacements import (
     ColumnParallelLinearGathered,
@@ -18,13 +20,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
+from megatron_prores.depth import Depths, main_layers, pattern_depths
 from megatron_prores.errors import Argument, ArgumentError
-from megatron_prores.model.layer import PRORES_LAYERS, ProResLayerSubmodules
+from megatron_prores.model.hybrid_stack import ProResHybridStack
+from megatron_prores.model.layer import (
+    PRORES_LAYERS,
+    ProResLayerSubmodules,
+    ProResMambaLayerSubmodules,
+)
 from megatron_prores.placement import placement_of
 
 INPUT_NORM_SLOTS = ("linear_qkv", "in_proj", "linear_qkv_down_proj", "linear_fc1")
 """The parts of a branch that Transformer Engine's spec may fuse the norm before the branch into: of
-attention, gated delta net, latent attention with one down projection, and MLP."""
+attention, gated delta net and Mamba, latent attention with one down projection, and MLP."""
 
 # Each tensor-parallel rank holds the whole of it.
 _DUPLICATED = ("linear_qkv_down_proj",)
@@ -32,11 +40,27 @@ _DUPLICATED = ("linear_qkv_down_proj",)
 # A norm that is fused into these normalizes the latents of latent attention: it is a part of F.
 _INNER_NORM_SLOTS = ("linear_q_up_proj", "linear_kv_up_proj")
 
-_BRANCHES = ("self_attention", "mlp")
+# A branch, the norm before it, its bias-dropout-add, and the norm behind it.
+_TRANSFORMER_BRANCHES = (
+    ("self_attention", "input_layernorm", "self_attn_bda", "post_self_attn_layernorm"),
+    ("mlp", "pre_mlp_layernorm", "mlp_bda", "post_mlp_layernorm"),
+)
+_MAMBA_BRANCHES = (("mixer", "norm", "mamba_bda", "post_mamba_layernorm"),)
+
+_LAYERS_OF_SYMBOLS = {
+    "M": "mamba_layer",
+    "G": "gdn_layer",
+    "*": "attention_layer",
+    "D": "dsa_layer",
+    "+": "mla_layer",
+    "-": "mlp_layer",
+    "E": "moe_layer",
+}
+"""A kind of layer in a hybrid pattern -> its place among the parts of a HybridStack."""
 
 
 def with_prores[Spec: (ModuleSpec, TransformerBlockSubmodules)](
-    spec: Spec, norm_placement: str = "pre"
+    spec: Spec, norm_placement: str = "pre", hybrid_layer_pattern: str | None = None
 ) -> Spec:
     """Return a copy of a spec whose layers have the residual hook and their norms placed.
 
@@ -46,10 +70,12 @@ def with_prores[Spec: (ModuleSpec, TransformerBlockSubmodules)](
 
     Args:
         spec: Of a layer, of a block, or the parts of a block, as Megatron's functions return it:
-            local or Transformer Engine; dense, MoE, MLA or heterogeneous. It is not changed.
+            local or Transformer Engine; dense, MoE, MLA or heterogeneous. Or of a hybrid model's
+            stack. It is not changed.
         norm_placement: Where the norms of a layer sit, one of ``placement.PLACEMENTS``. Added norms
             are of the class that the spec's own norms have. ``lns`` and ``deepnorm`` ask for
             initial weights of their own as well: see :func:`initialize_weights`.
+        hybrid_layer_pattern: That of a hybrid model, which says how deep each of its layers is.
 
     Raises:
         ArgumentError: The placement is unknown, or the spec has a layer, a branch or a norm that
@@ -67,20 +93,44 @@ def with_prores[Spec: (ModuleSpec, TransformerBlockSubmodules)](
         )
     if _is_kind_of(get_module(spec), TransformerBlock):
         return dataclasses.replace(spec, submodules=with_prores(spec.submodules, norm_placement))
+    if _is_kind_of(get_module(spec), HybridStack):
+        return _prores_stack(spec, norm_placement, hybrid_layer_pattern)
     return _prores_layer(spec, norm_placement)
 
 
-def _prores_layer(layer: ModuleSpec, norm_placement: str) -> ModuleSpec:
+def _prores_stack(stack: ModuleSpec, norm_placement: str, pattern: str | None) -> ModuleSpec:
+    """Exchange the layers of a hybrid model's stack that its pattern names."""
+    if pattern is None:
+        raise ArgumentError(
+            Argument("hybrid_layer_pattern"),
+            ": give the pattern of this hybrid model, which says how deep each layer is",
+        )
+    depths = pattern_depths(pattern)
+    stock: HybridStackSubmodules = stack.submodules
+    slots = {_LAYERS_OF_SYMBOLS[symbol] for symbol in main_layers(pattern)}
+    layers = {slot: _prores_layer(getattr(stock, slot), norm_placement, depths) for slot in slots}
+    return dataclasses.replace(
+        stack,
+        module=ProResHybridStack,
+        params={**stack.params, "layers": dataclasses.replace(stock, **layers)},
+    )
+
+
+def _prores_layer(
+    layer: ModuleSpec, norm_placement: str, depths: Depths | None = None
+) -> ModuleSpec:
     """Exchange a stock layer for ours, with its norms in place."""
     module = get_module(layer)
     if module not in PRORES_LAYERS:
         raise ArgumentError(
             Argument("spec"),
             f": ProRes has no residual hook for the layer class {module.__name__}, but for "
-            f"{' and '.join(stock.__name__ for stock in PRORES_LAYERS)}",
+            f"{', '.join(stock.__name__ for stock in PRORES_LAYERS)}",
         )
     stock = layer.submodules
-    for name in _BRANCHES:
+    is_mamba = isinstance(stock, MambaLayerSubmodules)
+    branches = _MAMBA_BRANCHES if is_mamba else _TRANSFORMER_BRANCHES
+    for name, *_ in branches:
         places = _find_module(getattr(stock, name), InferenceRowParallelLinear, name)
         if place := next(places, None):
             raise ArgumentError(
@@ -91,35 +141,39 @@ def _prores_layer(layer: ModuleSpec, norm_placement: str) -> ModuleSpec:
     backend = TESpecProvider()
     parts = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
     if not placement.norm_input:
-        parts |= _without_input_norms(stock.self_attention, stock.mlp, backend, norm_placement)
+        for name, norm, *_ in branches:
+            parts[norm] = IdentityOp
+            parts[name] = _without_input_norm(parts[name], name, backend, norm_placement)
     if not placement.is_stock:
-        # A branch that a heterogeneous model leaves out has nothing to norm.
-        for bda, slot in (
-            ("self_attn_bda", "post_self_attn_layernorm"),
-            ("mlp_bda", "post_mlp_layernorm"),
-        ):
+        # A branch that a layer does not have has nothing to norm.
+        for *_, bda, slot in branches:
             if parts[bda] is not IdentityFuncOp:
-                parts[slot] = _norm_of(stock, backend)
+                parts[slot] = _norm_of(stock, branches, backend)
+    ours = ProResMambaLayerSubmodules if is_mamba else ProResLayerSubmodules
+    depth = {} if depths is None else {"depths": depths}
     return dataclasses.replace(
         layer,
         module=PRORES_LAYERS[module],
-        submodules=ProResLayerSubmodules(**parts),
-        params={**layer.params, "norm_placement": norm_placement},
+        submodules=ours(**parts),
+        params={**layer.params, "norm_placement": norm_placement, **depth},
     )
 
 
-def _norm_of(stock: Any, backend: BackendSpecProvider) -> LayerNormBuilder:
+def _norm_of(
+    stock: Any, branches: tuple[tuple[str, ...], ...], backend: BackendSpecProvider
+) -> LayerNormBuilder:
     """Return the class of the norms before the branches of a stock layer.
 
     Args:
         stock: The layer's submodules.
+        branches: The names of its parts.
         backend: Transformer Engine's.
     """
-    norms = [stock.input_layernorm, stock.pre_mlp_layernorm]
+    norms = [getattr(stock, norm) for _, norm, *_ in branches]
     norm = next((each for each in norms if each is not IdentityOp), None)
     fused = backend.column_parallel_layer_norm_linear()
     is_fused = any(
-        True for name in _BRANCHES for _ in _find_module(getattr(stock, name), fused, name)
+        True for name, *_ in branches for _ in _find_module(getattr(stock, name), fused, name)
     )
     # Upstream's adapter of the norm, where it may fuse the residual addition into it: ours stands
     # where nothing is left to add.
@@ -130,26 +184,24 @@ def _norm_of(stock: Any, backend: BackendSpecProvider) -> LayerNormBuilder:
     return norm
 
 
-def _without_input_norms(
-    attention: ModuleSpec, mlp: object, backend: BackendSpecProvider, norm_placement: str
-) -> dict[str, object]:
-    """Return the parts of a layer whose branches are F(x) instead of F(N(x)).
+def _without_input_norm(
+    branch: Any, name: str, backend: BackendSpecProvider, norm_placement: str
+) -> Any:
+    """Return a branch that is F(x) instead of F(N(x)).
 
     Raises:
         ArgumentError: A norm is fused into a module that has no counterpart without it.
     """
-    parts: dict[str, object] = {"input_layernorm": IdentityOp, "pre_mlp_layernorm": IdentityOp}
-    parts |= {"self_attention": _unfused(attention, backend), "mlp": _unfused(mlp, backend)}
+    branch = _unfused(branch, backend)
     fused = backend.column_parallel_layer_norm_linear()
-    for name in _BRANCHES:
-        if left := next(_find_module(parts[name], fused, name), None):
-            raise ArgumentError(
-                Argument("norm_placement", norm_placement),
-                f": has no norm before a branch, and the layer has a module with one fused into it "
-                f"({left}) that ProRes knows no counterpart of: use another ",
-                Argument("norm_placement"),
-            )
-    return parts
+    if left := next(_find_module(branch, fused, name), None):
+        raise ArgumentError(
+            Argument("norm_placement", norm_placement),
+            f": has no norm before a branch, and the layer has a module with one fused into it "
+            f"({left}) that ProRes knows no counterpart of: use another ",
+            Argument("norm_placement"),
+        )
+    return branch
 
 
 def _unfused(branch: Any, backend: BackendSpecProvider) -> Any:

@@ -19,8 +19,10 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron_prores.command_line.advice import advice
 from megatron_prores.command_line.arguments import parse_args, upstream_words
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import depths_of, total_depth
 from megatron_prores.errors import UserError
 from megatron_prores.launch.gpu_flags import Setup, missing
+from megatron_prores.plan.data import data_warnings, drawn, prepare_cache
 from megatron_prores.plan.groups import lay_out
 from megatron_prores.plan.layout import divisions, layout_warnings
 from megatron_prores.plan.memory import estimate
@@ -47,7 +49,11 @@ _COLUMNS = 400
 
 
 def build_plan(
-    device: str, gpus_per_node: int, time_limit: float | None, seconds_per_step: float | None
+    device: str,
+    gpus_per_node: int,
+    time_limit: float | None,
+    seconds_per_step: float | None,
+    with_cache: bool,
 ) -> Plan:
     """Plan the command line in ``sys.argv`` for the world of the environment.
 
@@ -67,16 +73,19 @@ def build_plan(
                 raise UserError(f"{error}: {said}") from error
             raise
         machine.note_assumptions(args)
-        local = local_config(config)
+        local = local_config(config, prores)
+        depths = depths_of(args)
+        num_layers = depths[-1]
         groups, stages = lay_out(args, partial(build_stage, prores, local))
-        reports = audit_world(groups["pipeline"], stages, prores, args.num_layers)
+        reports = audit_world(groups["pipeline"], stages, prores, depths)
         chunks = [chunk for stage in stages for chunk in stage.chunks]
         timeline = timeline_of(args)
         unit = "iterations"
-        opening_steps: list[int | None] = [0] * args.num_layers
+        opening_steps: list[int | None] = [0] * num_layers
         if prores.enabled:
-            unit, opening_steps = prores.unit, prores.opening_steps(args.num_layers)
+            unit, opening_steps = prores.unit, prores.opening_steps(num_layers)
         openings = timeline.steps_at(opening_steps, unit)
+        data = drawn(args, timeline.tokens, machine)
         warnings = advice(
             args,
             prores,
@@ -84,6 +93,9 @@ def build_plan(
             seconds_per_step=seconds_per_step,
             time_limit=time_limit,
         ) + layout_warnings(args, groups["tensor"], gpus_per_node)
+        warnings += data_warnings(args, data, timeline.tokens)
+        tokenizer = global_vars.get_tokenizer()
+        cache = prepare_cache(args, tokenizer, machine) if with_cache else None
         return Plan(
             world_size=args.world_size,
             layout=_layout(args),
@@ -99,13 +111,15 @@ def build_plan(
             layer_map=layer_map(reports, opening_steps, unit),
             table=table(reports) if args.world_size <= _TABLE_RANKS else None,
             training=_training(args, timeline),
+            data=data,
+            cache=cache,
             warmup={
                 "schedule": prores.schedule,
-                "length": prores.total_warmup(args.num_layers) if prores.enabled else None,
+                "length": prores.total_warmup(num_layers) if prores.enabled else None,
                 "unit": prores.unit if prores.enabled else None,
             },
             memory=estimate(args, stages, groups),
-            curves=_curves(prores, args.num_layers, openings, timeline),
+            curves=_curves(prores, num_layers, openings, timeline),
             speed=_speed(args, gpus_per_node),
             warnings=warnings,
             notes=machine.notes,
@@ -171,7 +185,7 @@ def _model(args: argparse.Namespace, prores: ProResConfig) -> dict[str, Any]:
     base = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     low = [f"{name} ({value})" for name in ("fp8", "fp4") if (value := getattr(args, name))]
     return {
-        "layers": args.num_layers,
+        "layers": total_depth(args),
         "hidden_size": args.hidden_size,
         "ffn_hidden_size": args.ffn_hidden_size,
         "attention_heads": args.num_attention_heads,

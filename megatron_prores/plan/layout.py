@@ -10,6 +10,7 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
 )
 
+from megatron_prores.depth import total_depth
 from megatron_prores.plan.stages import Stage
 
 
@@ -61,13 +62,16 @@ def divisions(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int)
 
 
 def _layers(args: argparse.Namespace, stages: list[Stage]) -> str:
-    sizes = [len(chunk.layers) for stage in stages for chunk in stage.chunks]
+    sizes = [len(chunk.numbers) for stage in stages for chunk in stage.chunks]
     ranks, virtual = len(stages), len(stages[0].chunks)
     parts = f"{ranks} pipeline stages" + (f" x {virtual} virtual stages" if virtual > 1 else "")
+    layers = f"{args.num_layers} layers"
+    if args.hybrid_layer_pattern is not None:
+        layers += f" of the pattern (L = {total_depth(args)})"
     if len(set(sizes)) == 1:
-        return f"{args.num_layers} layers = {parts} x {sizes[0]}"
+        return f"{layers} = {parts} x {sizes[0]}"
     held = ", ".join(f"{count} of {size}" for size, count in sorted(Counter(sizes).items()))
-    return f"{args.num_layers} layers over {parts}, unevenly: {held} layers"
+    return f"{layers} over {parts}, unevenly: {held} layers"
 
 
 def _batches(args: argparse.Namespace) -> list[str]:

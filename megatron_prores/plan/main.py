@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpus_per_node=options.gpus_per_node,
         time_limit=options.time_limit,
         seconds_per_step=options.seconds_per_step,
+        with_cache=options.prepare_cache,
     )
     if options.json:
         print(json.dumps(plan.as_dict(), indent=2))
@@ -117,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how long the job may run, as Slurm takes it: minutes, H:MM:SS, D-HH:MM:SS",
     )
     add("--seconds-per-step", type=float, metavar="S", help="what a step takes, where it is known")
+    add(
+        "--prepare-cache",
+        action="store_true",
+        help="build Megatron's indices of the datasets now, so that the job need not",
+    )
     add("--json", action="store_true", help="print the plan as JSON")
     add("--picture", type=_picture, metavar="FILE", help="draw how the stages open, a .png")
     return parser

@@ -21,6 +21,7 @@ from megatron.training.theoretical_memory_usage import (
     report_theoretical_memory,
 )
 
+from megatron_prores.depth import depths_of
 from megatron_prores.plan.groups import Groups
 from megatron_prores.plan.stages import Stage
 
@@ -37,8 +38,10 @@ def estimate(args: argparse.Namespace, stages: list[Stage], groups: Groups) -> d
         stages: What a rank of each pipeline stage holds.
         groups: The process groups of every rank.
     """
-    # A copy: the report fills in fields.
-    report = report_theoretical_memory(copy.copy(args), get_num_microbatches())
+    # A copy: the report fills in fields. It takes a layer for an attention and an MLP.
+    counted = copy.copy(args)
+    counted.num_layers, counted.hybrid_layer_pattern = depths_of(args)[-1], None
+    report = report_theoretical_memory(counted, get_num_microbatches())
     fixed, activations = (int(each * NUM_BYTES_IN_MEGABYTE) for each in report[:2])
     parts = [
         {"stage": number, **_parts(args, stage, groups)} for number, stage in enumerate(stages)

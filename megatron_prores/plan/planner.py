@@ -24,8 +24,9 @@ def make_plan(
     gpus_per_node: int = 8,
     time_limit: float | None = None,
     seconds_per_step: float | None = None,
+    with_cache: bool = False,
 ) -> Plan:
-    """Plan a run without starting it. Needs no GPU and writes nothing.
+    """Plan a run without starting it. Needs no GPU and writes nothing but the cache, if asked.
 
     Sets this process up for the CPU device, for good, unless Megatron has been imported on it.
 
@@ -35,6 +36,7 @@ def make_plan(
         gpus_per_node: Ranks per node.
         time_limit: Seconds that the job may run.
         seconds_per_step: What a step takes, where that is known.
+        with_cache: Build Megatron's indices of the datasets, too.
 
     Returns:
         The plan.
@@ -50,7 +52,7 @@ def make_plan(
         prepare("cpu")
         from megatron_prores.plan.build import build_plan
 
-        return build_plan(device, gpus_per_node, time_limit, seconds_per_step)
+        return build_plan(device, gpus_per_node, time_limit, seconds_per_step, with_cache)
 
 
 @contextmanager

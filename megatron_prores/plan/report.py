@@ -26,6 +26,7 @@ def text(plan: Plan) -> str:
         (title, _stages(plan)),
         ("Every rank", _ranks(plan)),
         ("Training", _training(plan)),
+        ("Data of the training", _data(plan)),
         ("Memory of a rank of the fullest stage", _memory(plan)),
         (f"Flags for speed that it lacks: {len(plan.speed) or 'none'}", _bullets(plan.speed)),
         (f"Warnings: {len(plan.warnings) or 'none'}", _bullets(plan.warnings)),
@@ -123,6 +124,21 @@ def _training(plan: Plan) -> list[str]:
         f"  ProRes: schedule {warmup['schedule']}, W = {warmup['length']:,} {warmup['unit']}"
     )
     return lines + _layer_times(plan)
+
+
+def _data(plan: Plan) -> list[str]:
+    lines = [_dataset(each) for each in plan.data] or ["  made up: --mock-data"]
+    if plan.cache is not None:
+        lines.append(f"  Megatron's indices of it are built: {plan.cache}")
+    return lines
+
+
+def _dataset(data: dict[str, Any]) -> str:
+    share = "" if data["share"] is None else f"{data['share']:.1%} of what is drawn"
+    if data["epochs"] is None:
+        return _wrapped(f"{data['path']}: {share or 'a part'}; how much it has is not known here")
+    epochs = f"{data['epochs']:.3g} epochs of its {size_of(data['tokens'])} tokens"
+    return _wrapped(f"{data['path']}: {share}, {epochs}")
 
 
 def _layer_times(plan: Plan) -> list[str]:

@@ -33,6 +33,11 @@ class Plan:
     """As the audit of a run would draw it, at step 0; for small worlds."""
     training: dict[str, Any]
     """Batch, steps, tokens, learning rate."""
+    data: list[dict[str, Any]]
+    """Of each dataset of the training: ``path``, ``share`` of the tokens that are drawn, ``tokens``
+    that it has, ``epochs`` (None: not known here)."""
+    cache: str | None
+    """Where Megatron's indices of the datasets were built, None where they were not."""
     warmup: dict[str, Any]
     memory: dict[str, Any]
     """Bytes per rank."""

@@ -10,9 +10,11 @@ then reports its layers to the audit that a real run starts with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,9 +24,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
 from megatron_prores.config import ProResConfig
-from megatron_prores.errors import StopRun, UserError
+from megatron_prores.depth import Depths, depths_of
+from megatron_prores.errors import ArgumentError, StopRun, UserError
 from megatron_prores.plan.groups import as_rank
-from megatron_prores.upstream.registry import undone_afterwards, wrap
+from megatron_prores.training.model import set_layers
+from megatron_prores.upstream.registry import replace, undone_afterwards, wrap
 from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, report_of
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
@@ -37,6 +41,8 @@ class Chunk:
     virtual_stage: int
     layers: tuple[int, ...]
     """The layers of the L that it holds, as they number themselves."""
+    numbers: tuple[int, ...]
+    """The layers that Megatron builds here, as it counts; in a GPT model they are the L."""
     embedding: bool
     output: bool
     prediction_layers: int
@@ -111,21 +117,35 @@ _ONE_RANK: dict[str, Any] = {
 """The layout of a model on one rank."""
 
 
-def local_config(config: Any) -> Any:
+_CANNOT_BUILD = (
+    "these flags are right, but the planner cannot build their model: it has parts that exist only "
+    "in Transformer Engine"
+)
+
+
+def local_config(config: Any, prores: ProResConfig) -> Any:
     """Copy a model's configuration for a build without CUDA kernels.
 
     Args:
-        config: A ``GPTModelConfig``; stays as it is.
+        config: A ``GPTModelConfig`` or ``HybridModelConfig``; stays as it is.
+        prores: The run's ProRes configuration.
     """
-    hooks = config.pre_wrap_hooks, config.post_wrap_hooks
-    config.pre_wrap_hooks, config.post_wrap_hooks = [], []
-    try:
-        local = copy.deepcopy(config)
-    finally:
-        config.pre_wrap_hooks, config.post_wrap_hooks = hooks
+    local = _copied(config)
+    local.pre_wrap_hooks, local.post_wrap_hooks = [], []
     _set_existing(local, _LOCAL)
     _set_existing(local.transformer, _LOCAL)
+    try:
+        set_layers(local, prores)
+    except ArgumentError as error:
+        raise UserError(f"{_CANNOT_BUILD} ({error})") from error
     return local
+
+
+def _copied(config: Any) -> Any:
+    """Copy a model's configuration; its specs, which hold classes made on the fly, are shared."""
+    copied = copy.copy(config)
+    copied.transformer = copy.deepcopy(config.transformer)
+    return copied
 
 
 def _set_existing(owner: Any, values: dict[str, Any]) -> None:
@@ -149,13 +169,35 @@ def _build_chunks(config: Any) -> list[Any]:
                 # The local spec has no core attention of such widths. It has no weights.
                 identity = lambda stock, named: torch.nn.Identity  # noqa: E731
                 wrap(LocalSpecProvider, "core_attention", (), identity, _build_chunks)
+            _build_without_kernels()
             stages = transformer.virtual_pipeline_model_parallel_size
             return list(build_virtual_pipeline_stages(builder.build_model, groups, stages))
     except (AssertionError, ImportError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            "these flags are right, but the planner cannot build their model: it has parts that "
-            f"exist only in Transformer Engine ({str(error) or type(error).__name__})"
-        ) from error
+        raise UserError(f"{_CANNOT_BUILD} ({str(error) or type(error).__name__})") from error
+
+
+def _build_without_kernels() -> None:
+    """Let Megatron build mixing layers whose CUDA kernels are packages that are not here."""
+    from megatron.core.ssm import mamba_context_parallel, mamba_mixer
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    def norm(size: int, eps: float, **kernel: Any) -> torch.nn.Module:
+        return torch.nn.RMSNorm(size, eps=eps)
+
+    def random_states(*flags: Any, **named: Any) -> Any:
+        return SimpleNamespace(fork=contextlib.nullcontext)  # only a run has them
+
+    replace(
+        mamba_mixer,
+        _build_chunks,
+        HAVE_MAMBA_SSM=True,
+        HAVE_EINOPS=True,
+        ExtendedRMSNorm=norm,
+        get_cuda_rng_tracker=random_states,
+    )
+    replace(mamba_context_parallel, _build_chunks, HAVE_EINOPS=True)
+    replace(common, _build_chunks, HAVE_FLA=True)
+    replace(gdn, _build_chunks, chunk_gated_delta_rule=lambda *tensors, **named: None)
 
 
 def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
@@ -170,11 +212,13 @@ def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
         UserError: The model needs a kernel for its very shape, which is not on this machine.
     """
     built = _build_chunks(config)
+    depths = depths_of(config)
     chunks = tuple(
         Chunk(
             stage=stage,
             virtual_stage=virtual_stage,
-            layers=tuple(layer.layer_number for layer in chunk.decoder.layers),
+            layers=tuple(dict.fromkeys(depths[number - 1] for number in numbers)),
+            numbers=numbers,
             embedding=chunk.pre_process,
             output=chunk.post_process,
             prediction_layers=len(chunk.mtp.layers) if getattr(chunk, "mtp_process", False) else 0,
@@ -185,8 +229,9 @@ def build_stage(prores: ProResConfig, config: Any, stage: int) -> Stage:
             ),
         )
         for virtual_stage, chunk in enumerate(built)
+        for numbers in [tuple(layer.layer_number for layer in chunk.decoder.layers)]
     )
-    warmup = ResidualWarmup(prores, config.num_layers, built) if prores.enabled else None
+    warmup = ResidualWarmup(prores, depths[-1], built) if prores.enabled else None
     return Stage(chunks, warmup)
 
 
@@ -201,7 +246,9 @@ def count_whole_model(args: argparse.Namespace, config: Any) -> int:
         args: Megatron's validated arguments.
         config: As :func:`local_config` gives it.
     """
-    whole, alone = copy.deepcopy(config), copy.copy(args)
+    whole, alone = _copied(config), copy.copy(args)
+    if getattr(whole, "hybrid_layer_pattern", None) is not None:
+        whole.hybrid_layer_pattern = whole.hybrid_layer_pattern.replace("|", "")
     _set_existing(whole.transformer, _ONE_RANK)
     _set_existing(alone, _ONE_RANK)
     with as_rank(alone, 0):
@@ -209,7 +256,7 @@ def count_whole_model(args: argparse.Namespace, config: Any) -> int:
 
 
 def audit_world(
-    pipelines: list[list[int]], stages: list[Stage], prores: ProResConfig, num_layers: int
+    pipelines: list[list[int]], stages: list[Stage], prores: ProResConfig, depths: Depths
 ) -> list[RankReport]:
     """Make the report of every rank of the world, and audit them as the start of a run does.
 
@@ -217,7 +264,7 @@ def audit_world(
         pipelines: The ranks of every pipeline, first stage first.
         stages: What a rank of each pipeline stage holds.
         prores: The run's ProRes configuration.
-        num_layers: L.
+        depths: l of every layer that Megatron builds.
 
     Returns:
         One report per rank at step 0, in the order of the ranks.
@@ -225,6 +272,7 @@ def audit_world(
     Raises:
         StopRun: The run's own audit would find a fault.
     """
+    num_layers = depths[-1]
     # At the start all alphas may be alike: a swapped layer shows where they differ.
     steps = [prores.total_warmup(num_layers) // 2, 0] if prores.enabled else [0]
     for step in steps:
@@ -232,13 +280,13 @@ def audit_world(
             if stage.warmup is not None:
                 stage.warmup.set_step(step)
         reports = [
-            _report(stages[stage], step, rank, stage, pipeline)
+            _report(stages[stage], depths, step, rank, stage, pipeline)
             for pipeline in pipelines
             for stage, rank in enumerate(pipeline)
         ]
         reports.sort(key=lambda report: report.rank)
         alphas = prores.alphas(step, num_layers).tolist() if prores.enabled else [1.0] * num_layers
-        if faults := find_faults(reports, alphas):
+        if faults := find_faults(reports, alphas, depths):
             raise StopRun(
                 f"the run would be stopped by its audit, with {len(faults)} faults: "
                 + "; ".join(faults[:5])
@@ -246,12 +294,14 @@ def audit_world(
     return reports
 
 
-def _report(held: Stage, step: int, rank: int, stage: int, pipeline: list[int]) -> RankReport:
+def _report(
+    held: Stage, depths: Depths, step: int, rank: int, stage: int, pipeline: list[int]
+) -> RankReport:
     if held.warmup is not None:
         return report_of(held.warmup, step, rank, pipeline)
     layers = tuple(
-        HeldLayer(layer, 1.0, rank, stage, chunk.virtual_stage, pipeline[0])
+        HeldLayer(depths[number - 1], number, 1.0, rank, stage, chunk.virtual_stage, pipeline[0])
         for chunk in held.chunks
-        for layer in chunk.layers
+        for number in chunk.numbers
     )
     return RankReport(rank, pipeline[0], "without ProRes", layers)

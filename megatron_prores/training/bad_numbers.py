@@ -1,4 +1,7 @@
-"""Ends a run whose loss or gradient is NaN or infinite, with one line that says where."""
+"""Ends a run whose numbers are bad, with one line that says where.
+
+Bad is a loss or a gradient that is NaN or infinite, and a weight that differs between ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_prores.upstream.registry import wrap
 
@@ -46,12 +50,42 @@ def report_bad_numbers() -> None:
     wrap(RerunStateMachine, "validate_result", needs, validate_result, purpose=report_bad_numbers)
 
 
+def report_different_weights() -> None:
+    """Report in one line where data-parallel ranks have come to hold different weights.
+
+    Megatron's check, --check-weight-hash-across-dp-replicas-interval, ends every rank with a
+    traceback that does not say which weights.
+
+    Raises:
+        RuntimeError: The installed Megatron has other signatures than those relied on.
+    """
+    from megatron.training import get_args, training
+
+    def check(stock: Callable[[], bool], named: dict[str, Any]) -> bool:
+        if stock():
+            return True
+        group = parallel_state.get_data_parallel_group()
+        if torch.distributed.get_rank(group) == 0:
+            ranks = torch.distributed.get_process_group_ranks(group)
+            _say(
+                f"iteration {get_args().curr_iteration + 1}: the weights of the data-parallel "
+                f"ranks {ranks} differ ('Hash not matching' in their logs names them); the run "
+                "stops"
+            )
+        sys.exit(1)
+
+    where = (training, "check_param_hashes_across_dp_replicas")
+    wrap(*where, ("model",), check, purpose=report_different_weights)
+
+
 def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
     # The iteration as the log counts it; Megatron's own lines about it say one more.
     rank = torch.distributed.get_rank()
-    print(
-        f"error: iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
-        f"(value {float(named['result'])}); {consequence}",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
+        f"(value {float(named['result'])}); {consequence}"
     )
+
+
+def _say(words: str) -> None:
+    print(f"error: {words}", file=sys.stderr, flush=True)

@@ -217,7 +217,8 @@ def forward_step(
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def _dataset_config(args: Any) -> GPTDatasetConfig:
+def dataset_config(args: Any) -> GPTDatasetConfig:
+    """Build the configuration of the run's datasets from Megatron's arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
@@ -270,7 +271,7 @@ def train_valid_test_datasets_provider(
         lambda: (
             _needs_batch(args, vp_stage) and parallel_state.get_tensor_model_parallel_rank() == 0
         ),
-        _dataset_config(args),
+        dataset_config(args),
     ).build()
     print_rank_0("> finished creating GPT datasets ...")
     return tuple(datasets)

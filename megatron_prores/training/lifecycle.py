@@ -20,7 +20,7 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
-from megatron_prores.training.bad_numbers import report_bad_numbers
+from megatron_prores.training.bad_numbers import report_bad_numbers, report_different_weights
 from megatron_prores.training.save_lock import SaveLock
 from megatron_prores.upstream.async_writer import (
     WriterDiedError,
@@ -185,6 +185,7 @@ def installed(args: Any) -> Iterator[None]:
         SystemExit: A signal ended the run, or a process that the run needs was killed.
     """
     report_bad_numbers()
+    report_different_weights()
     with contextlib.ExitStack() as stack:
         if args.save and not args.skip_train:
             run = Lifecycle(args)

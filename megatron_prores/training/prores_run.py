@@ -9,15 +9,14 @@ from textwrap import indent
 from typing import Any
 
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import print_rank_0
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import depths_of
 from megatron_prores.errors import StopRun
 from megatron_prores.model import heterogeneous
 from megatron_prores.model import initial_weights as init
-from megatron_prores.model.specs import prores_layer_spec
+from megatron_prores.training.model import MegatronModelConfig, set_layers, stock_config
 from megatron_prores.upstream.optimizer import exclude_embedding_from_weight_decay
 from megatron_prores.upstream.registry import undo
 from megatron_prores.upstream.training_loop import call_around_steps
@@ -26,7 +25,7 @@ from megatron_prores.warmup.residual_warmup import ResidualWarmup
 from megatron_prores.warmup.scalars import log_alphas
 
 
-def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConfig:
+def model_config(args: argparse.Namespace, prores: ProResConfig) -> MegatronModelConfig:
     """Build the model's configuration from Megatron's arguments, and install what ProRes needs.
 
     What an earlier call has installed for another configuration is taken back.
@@ -44,7 +43,7 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         UserError: The model cannot be built.
     """
     args.embedding_init_method_std = init.embedding_std(args)
-    config = gpt_config_from_args(args)
+    config = stock_config(args)
     if args.use_mup:
         # The user has said how weights start with a flag of Megatron's own.
         prores = dataclasses.replace(prores, branch_init="scaled")
@@ -57,14 +56,9 @@ def model_config(args: argparse.Namespace, prores: ProResConfig) -> GPTModelConf
         exclude_embedding_from_weight_decay()
     else:
         undo(exclude_embedding_from_weight_decay)
-    if prores.needs_own_layer:
-        config.transformer_layer_spec = partial(
-            prores_layer_spec,
-            norm_placement=prores.norm_placement,
-            document_masks=args.reset_attention_mask,
-        )
+    set_layers(config, prores, args.reset_attention_mask)
     if prores.enabled:
-        run = ProResRun(prores, config.num_layers)
+        run = ProResRun(prores, depths_of(args)[-1])
         config.post_wrap_hooks = [*config.post_wrap_hooks, run.attach]
         call_around_steps(run.before_forward, run.after_logging)
     else:

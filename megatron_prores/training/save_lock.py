@@ -179,12 +179,12 @@ class SaveLock:
         """Read who holds the lock (None: unreadable) and when it was touched; None: no lock."""
         try:
             touched = self.path.stat().st_mtime
-            content = self.path.read_text()
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return None
         try:
             return Holder(**json.loads(content)), touched
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             return None, touched
 
     def _remove(self, holder: Holder | None) -> bool:

@@ -43,7 +43,9 @@ def read_indices_as_numbers() -> None:
     def load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
         try:
             return stock(allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes fail in any way
             raise UserError(
                 f"{named['path']} is not the index of a dataset that Megatron keeps there "
                 f"({error}): remove it, and it is made anew"

@@ -1,6 +1,6 @@
 """What Megatron imports and reads at every start, kept to what the run uses.
 
-Of a start on the CPU device the imports take most.
+Of a start on the CPU device the imports take most: see docs/benchmarks/start-up.md.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_prores.depth import Depths, plain_depths
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
 _FAULTS_SHOWN = 20
@@ -23,6 +24,8 @@ class HeldLayer:
 
     layer: int
     """l, as the layer itself says, from 1."""
+    number: int
+    """Which of the layers that Megatron builds, as it counts, from 1; in a GPT model that is l."""
     alpha: float
     """The value of the layer's alpha tensor."""
     rank: int
@@ -62,6 +65,7 @@ def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int])
     held = tuple(
         HeldLayer(
             layer=layer.prores_layer or 0,
+            number=layer.layer_number,
             alpha=layer.alpha.item(),
             rank=rank,
             stage=pipeline.index(rank),
@@ -78,16 +82,19 @@ def report_of(warmup: ResidualWarmup, step: int, rank: int, pipeline: list[int])
     return RankReport(rank=rank, replica=pipeline[0], settings=settings, layers=held)
 
 
-def find_faults(reports: list[RankReport], expected_alphas: list[float]) -> list[str]:
+def find_faults(
+    reports: list[RankReport], expected_alphas: list[float], depths: Depths | None = None
+) -> list[str]:
     """Compare the reports of all ranks.
 
     Args:
         reports: One per rank of the job.
         expected_alphas: alpha of layer 1..L by the schedule of the rank that compares.
+        depths: l of every layer that Megatron builds; None: the layers are the L.
 
     Returns:
-        What is wrong, one sentence each; empty when every layer 1..L exists exactly once in each
-        pipeline, with the alpha of the schedule.
+        What is wrong, one sentence each; empty when every layer exists exactly once in each
+        pipeline, counts as the l that it is, and has the alpha of the schedule.
     """
     faults = []
     for report in reports:
@@ -101,7 +108,12 @@ def find_faults(reports: list[RankReport], expected_alphas: list[float]) -> list
         for held in report.layers:
             holders[held.replica, held.layer].append(held)
     num_layers = len(expected_alphas)
+    if depths == plain_depths(num_layers):
+        depths = None
     for replica in sorted({report.replica for report in reports}):
+        if depths is not None:
+            faults += _faults_in_pattern(replica, reports, depths)
+            continue
         for layer in range(1, num_layers + 1):
             held_by = holders[replica, layer]
             if len(held_by) != 1:
@@ -117,6 +129,27 @@ def find_faults(reports: list[RankReport], expected_alphas: list[float]) -> list
             f"rank {held.rank}: alpha of layer {layer} is {held.alpha:.6g}, not {expected:.6g}"
             for held in held_by
             if held.alpha != expected
+        ]
+    return faults
+
+
+def _faults_in_pattern(replica: int, reports: list[RankReport], depths: Depths) -> list[str]:
+    """Compare the layers of one pipeline of a hybrid model with its pattern."""
+    holders: dict[int, list[HeldLayer]] = defaultdict(list)
+    for held in (each for report in reports for each in report.layers):
+        if held.replica == replica:
+            holders[held.number].append(held)
+    faults = []
+    for number, depth in enumerate(depths, start=1):
+        held_by = holders[number]
+        name = f"layer {number} of the pattern"
+        if len(held_by) != 1:
+            ranks = ", ".join(str(held.rank) for held in held_by) or "no rank"
+            faults.append(f"pipeline {replica}: {name} is held by {ranks}")
+        faults += [
+            f"rank {held.rank}: {name} counts as layer {held.layer} of {depths[-1]}, not {depth}"
+            for held in held_by
+            if held.layer != depth
         ]
     return faults
 
@@ -141,6 +174,8 @@ def layer_map(
 ) -> str:
     """Draw the layer-to-stage map of the first pipeline, with the step that opens each layer.
 
+    A block of a hybrid model that two stages share has a line for each.
+
     Args:
         reports: One per rank of the job.
         opening_steps: For layer 1..L the step from which its alpha is 1; None for never.
@@ -150,11 +185,11 @@ def layer_map(
     held_layers = [
         held for report in reports if report.replica == reports[0].replica for held in report.layers
     ]
-    for held in sorted(held_layers, key=lambda held: held.layer):
-        opens = opening_steps[held.layer - 1]
+    places = {(held.layer, held.virtual_stage, held.stage) for held in held_layers}
+    for layer, virtual_stage, stage in sorted(places):
+        opens = opening_steps[layer - 1]
         lines.append(
-            f"{held.layer:>6} {held.stage:>6} {held.virtual_stage:>8}  "
-            f"{'never' if opens is None else opens}"
+            f"{layer:>6} {stage:>6} {virtual_stage:>8}  {'never' if opens is None else opens}"
         )
     return "\n".join(lines)
 
@@ -183,7 +218,7 @@ def audit(warmup: ResidualWarmup, step: int) -> str:
     )
     reports: list[RankReport] = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
     torch.distributed.all_gather_object(reports, report_of(warmup, step, rank, pipeline))
-    if faults := find_faults(reports, warmup.alphas(step).tolist()):
+    if faults := find_faults(reports, warmup.alphas(step).tolist(), warmup.depths):
         shown = faults[:_FAULTS_SHOWN]
         if len(faults) > len(shown):
             shown.append(f"... and {len(faults) - len(shown)} more")

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from megatron_prores.config import ProResConfig
+from megatron_prores.depth import Depths
+from megatron_prores.model.hybrid_stack import hybrid_depths
 from megatron_prores.model.layer import ProResLayerMixin
 from megatron_prores.schedule.formulas import Alphas
 
@@ -26,7 +28,8 @@ class ResidualWarmup:
 
         Args:
             config: The schedule and its length.
-            num_layers: L, the layers of the whole model.
+            num_layers: L, the layers of the whole model; of a hybrid model those of the schedule:
+                ``pattern_depths(pattern)[-1]``.
             model_chunks: The model chunks of this rank, wrapped or not, one per virtual stage.
 
         Raises:
@@ -36,8 +39,11 @@ class ResidualWarmup:
         config.check_layers(num_layers)
         self.config = config
         self.num_layers = num_layers
+        self.depths: Depths | None = None
+        """l of every layer of a hybrid model; None where the layers are the L."""
         self.chunks: list[list[ProResLayerMixin]] = []
         for chunk in model_chunks:
+            self.depths = hybrid_depths(chunk) or self.depths
             layers: list[ProResLayerMixin] = [
                 module
                 for module in chunk.modules()

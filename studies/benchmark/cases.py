@@ -14,6 +14,8 @@ FP32, BF16, FP8 = "fp32", "bf16", "fp8"
 SIZES: dict[str, tuple[int, ...]] = {
     # Layers, hidden size, ffn, heads, sequence length, micro-batch, sequences per step, vocabulary.
     "laptop": (4, 256, 688, 4, 128, 2, 2, 4096),
+    "8x256": (8, 256, 688, 4, 256, 8, 8, 8192),
+    "24x32": (24, 32, 88, 2, 64, 8, 8, 512),  # of studies/paper on a laptop
     # The paper's. A step has 32 sequences, what one of 16 GPUs has of the paper's batch of 512.
     # Micro-batches are those of examples/, but for 7B, whose layers are not all on the GPU.
     "130M": (12, 768, 2048, 12, 1024, 32, 32, 32000),
@@ -53,6 +55,8 @@ AFTER = Side("ProRes after warmup", "linear", opened=True)
 STOCK_BF16 = Side("stock Megatron in bf16", in_bf16=True)
 UNFUSED = Side("unfused attention", "linear", opened=True, attention="unfused")
 FUSED = Side("fused attention", "linear", opened=True, attention="fused")
+PLAIN = Side("plain PyTorch loop", "linear")
+MAIN_PROGRAM = Side("the main program", "linear")
 MEASURED = Side("layer norms at every step", "linear", opened=True, measured=True)
 
 
@@ -78,6 +82,8 @@ class Case:
     """How many times as fast as stock Megatron in bf16 the slower side of ProRes is to be."""
     only_on: str | None = None
     """The only device that can run it."""
+    rival_target: float | None = None
+    """How many times as long as the plain loop the main program may take; None: no such case."""
 
     @property
     def models(self) -> dict[Hashable, Side]:
@@ -117,6 +123,9 @@ CASES: dict[str, Case] = {
     # On a GPU Transformer Engine, the default there, has attentions of its own.
     "laptop-layer-norms": Case("laptop", FP32, _against(AFTER, MEASURED)),
     "laptop-attention": Case("laptop", FP32, _against(UNFUSED, FUSED), only_on="cpu"),
+    # The whole main program, what it reads and logs included.
+    "8x256-plain": Case("8x256", FP32, (PLAIN, MAIN_PROGRAM), only_on="cpu", rival_target=0.95),
+    "24x32-plain": Case("24x32", FP32, (PLAIN, MAIN_PROGRAM), only_on="cpu", rival_target=1.3),
 }
 
 

@@ -50,7 +50,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", default="cuda", help="cuda or cpu; default: cuda")
-    cases = f"with commas between, of {', '.join(CASES)}; default: on the CPU the laptop's, on a "
+    cases = f"with commas between, of {', '.join(CASES)}; default: on the CPU the small ones, on a "
     add("--cases", metavar="NAMES", help=f"{cases} GPU the others that can run there")
     rounds = "how often each side of a case takes its turn; default: 24"
     add("--rounds", type=int, default=24, metavar="N", help=rounds)

@@ -13,6 +13,7 @@ from studies.benchmark.cases import (
     CASES,
     FP8,
     FP32,
+    MAIN_PROGRAM,
     MEASURED,
     SIZES,
     STOCK_BF16,
@@ -31,9 +32,10 @@ _TABLE_HEAD = """
 _NOTES = """
 Ratios: the median of the ratios within a round and, in brackets, its 95 % bootstrap interval; all
 sides of a case take turns in one process. A side called `again` is the base timed twice: what the
-ratio of equals looks like here. Peak memory: of each side alone, by torch's allocator. MFU: FLOPs
-of a step by Megatron's `num_floating_point_operations` over its time and the dense peak of the GPU;
-in FP8 over the peak of FP8, although attention and the output head stay in bf16.
+ratio of equals looks like here. Peak memory: of each side alone, by torch's allocator; not counted
+beside the plain loop, which trains on the main program's batches and comes to the same losses. MFU:
+FLOPs of a step by Megatron's `num_floating_point_operations` over its time and the dense peak of
+the GPU; in FP8 over the peak of FP8, although attention and the output head stay in bf16.
 """
 
 
@@ -45,14 +47,15 @@ class Figures(NamedTuple):
     mfu: float | None
     """Percent; None where the GPU's peak is not known."""
     time: Ratio
-    bytes: int
-    memory: float
+    bytes: int | None
+    """None where it was not counted, as of the plain loop's cases."""
+    memory: float | None
 
 
 def figures(row: Row, side: Side) -> Figures:
     """Compute the figures of a side."""
     case, settings, measured = CASES[row["case"]], row["settings"], row["measured"]
-    seconds, peaks, base = measured["seconds"], measured["bytes"], case.sides[0].name
+    seconds, peaks, base = measured["seconds"], measured.get("bytes"), case.sides[0].name
     step = statistics.median(seconds[side.name])
     precision = BF16 if side.in_bf16 else case.precision
     peak = None
@@ -63,8 +66,8 @@ def figures(row: Row, side: Side) -> Figures:
         tokens_per_second=measured["global_batch_size"] * measured["seq_length"] / step,
         mfu=None if peak is None else 100 * measured["flops_per_step"] / step / (peak * 1e12),
         time=ratio(seconds[side.name], seconds[base]),
-        bytes=peaks[side.name],
-        memory=peaks[side.name] / peaks[base],
+        bytes=peaks and peaks[side.name],
+        memory=peaks and peaks[side.name] / peaks[base],
     )
 
 
@@ -110,8 +113,8 @@ def _table_row(row: Row, side: Side) -> str:
         "n/a" if found.mfu is None else f"{found.mfu:.1f} %",
         f"{1000 * found.seconds:.1f}",
         "{:.3f} [{:.3f}, {:.3f}]".format(*found.time),
-        f"{found.bytes / 2**20:,.1f}",
-        f"{found.memory:.4f}",
+        "n/a" if found.bytes is None else f"{found.bytes / 2**20:,.1f}",
+        "n/a" if found.memory is None else f"{found.memory:.4f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -137,12 +140,16 @@ def verdicts(row: Row) -> Iterator[str]:
     for side, found in prores.items():
         target = 1.01 if side == WARMUP else 1.00
         yield f"{name} {side.name}, step time: {_at_most(target, found.time)}"
+        assert found.memory is not None
         memory = Ratio(found.memory, found.memory, found.memory)
         yield f"{name} {side.name}, peak memory: {_at_most(1.00, memory)}"
     if MEASURED in case.sides:
         yield f"{name}, step time: {_at_most(1.02, figures(row, MEASURED).time)}"
     if row["settings"]["megatron_flags"]:
         return  # the user's own model is not the one that the other targets are for
+    if case.rival_target is not None:
+        time = figures(row, MAIN_PROGRAM).time
+        yield f"{name}, time against a plain loop: {_at_most(case.rival_target, time)}"
     # The slower side of ProRes counts.
     if case.mfu_target is not None:
         shares = [found.mfu for found in prores.values() if found.mfu is not None]

@@ -6,6 +6,7 @@ device to an idle device.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import os
@@ -37,8 +38,9 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         settings: ``device``, ``rounds`` and ``megatron_flags`` of the command line.
 
     Returns:
-        ``bytes``: side -> peak memory, alone; ``seconds``: side -> seconds per step, by round;
-        ``alphas``: side -> alpha of each layer; and what the models were like.
+        ``bytes``: side -> peak memory, alone, which is not counted beside the plain loop;
+        ``seconds``: side -> seconds per step, by round; ``alphas``: side -> alpha of each layer;
+        and what the models were like.
 
     Raises:
         UserError: Megatron refuses the flags.
@@ -49,12 +51,18 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     case = CASES[name]
     device.prepare(settings["device"])
 
-    import torch
-    from megatron.training.training import num_floating_point_operations
+    flags = [*megatron_flags(case, settings["device"]), *settings["megatron_flags"]]
+    if case.rival_target is not None:
+        from megatron.training import get_args
+
+        from studies.benchmark import rival
+
+        measured = rival.take_turns(flags, settings["rounds"], BLOCK_SECONDS)
+        args = get_args()
+        return _finish(measured, args, args.attention_backend.name)
 
     from studies.benchmark import trainee
 
-    flags = [*megatron_flags(case, settings["device"]), *settings["megatron_flags"]]
     args = trainee.start_megatron(settings["device"], flags)
     fp8_format = args.fp8
     # Megatron's local layers have no other, and stock is to have the same as ProRes.
@@ -64,15 +72,24 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         fp8 = None if side.in_bf16 else fp8_format
         return trainee.Trainee(side, case.norm_placement, side.attention or attention, fp8)
 
-    result = {
+    measured = {
         "bytes": _count_memory(build, case, settings["device"]),
         **_take_turns(build, case, settings["rounds"]),
+    }
+    return _finish(measured, args, attention)
+
+
+def _finish(measured: dict[str, Any], args: argparse.Namespace, attention: str) -> dict[str, Any]:
+    """Add what the models were like to what was measured of them, and end Megatron."""
+    import torch
+    from megatron.training.training import num_floating_point_operations
+
+    torch.distributed.destroy_process_group()
+    return measured | {
         "flops_per_step": float(num_floating_point_operations(args, args.global_batch_size)),
         "attention": attention,
         **{flag: getattr(args, flag) for flag in _REPORTED},
     }
-    torch.distributed.destroy_process_group()
-    return result
 
 
 _REPORTED = """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def number_layers_by_stage() -> None:
@@ -27,6 +29,13 @@ def number_layers_by_stage_unaudited() -> None:
 
     number_layers_by_stage()
     training.audit = lambda warmup, step: ""
+
+
+def count_every_layer_of_the_pattern() -> None:
+    """A hybrid model's layers are taken for the L, as their numbers suggest."""
+    from megatron_prores.model.layer import ProResLayerMixin
+
+    ProResLayerMixin.prores_layer = property(lambda layer: layer.layer_number)
 
 
 def start_rank_1_with_another_schedule() -> None:
@@ -78,6 +87,71 @@ def nan_in_iteration_5() -> None:
 
     ProResRun.before_forward = note
     gpt.loss_func = bad
+
+
+@dataclass(frozen=True)
+class NanInGradient:
+    """Plants a NaN into a gradient of rank 1, before ranks add theirs up."""
+
+    iteration: int
+    times: int
+
+    def __call__(self) -> None:
+        from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+        from megatron_prores.training.prores_run import ProResRun
+
+        state = {"iteration": 0, "planted": 0}
+        before_forward = ProResRun.before_forward
+        start_grad_sync = _ParamAndGradBucketGroup.start_grad_sync
+
+        def note(run: ProResRun, completed: int) -> None:
+            state["iteration"] = completed + 1
+            before_forward(run, completed)
+
+        def plant(group: Any, *args: Any, **kwargs: Any) -> None:
+            due = os.environ["RANK"] == "1" and state["iteration"] == self.iteration
+            if due and state["planted"] < self.times:
+                state["planted"] += 1
+                group.buckets[0].grad_data[0] = float("nan")
+            start_grad_sync(group, *args, **kwargs)
+
+        ProResRun.before_forward = note  # type: ignore[method-assign]
+        _ParamAndGradBucketGroup.start_grad_sync = plant
+
+
+def flip_a_bit_of_a_weight() -> None:
+    """One bit of one weight of rank 1 is another one from the third iteration on."""
+    import torch
+
+    from megatron_prores.training.prores_run import ProResRun
+
+    before_forward = ProResRun.before_forward
+
+    def flip(run: ProResRun, completed: int) -> None:
+        before_forward(run, completed)
+        if completed == 2 and os.environ["RANK"] == "1":
+            assert run.warmup is not None
+            weight = run.warmup.chunks[0][0].mlp.linear_fc1.weight.data
+            weight.view(torch.int32)[0, 0] ^= 1 << 12
+
+    ProResRun.before_forward = flip  # type: ignore[method-assign]
+
+
+def stop_rank_1_in_every_step() -> None:
+    """Rank 1 is stopped for a moment in each of its forward passes, by SIGSTOP, as from outside."""
+    from megatron.core.models.gpt import GPTModel
+
+    forward = GPTModel.forward
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            command = ["sh", "-c", f"sleep 0.3; kill -CONT {os.getpid()}"]
+            with subprocess.Popen(command):
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(*args, **kwargs)
+
+    GPTModel.forward = stopped
 
 
 @dataclass(frozen=True)

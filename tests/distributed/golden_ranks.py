@@ -49,10 +49,12 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+    from megatron.training.models.gpt import GPTModelConfig
+    from megatron.training.models.hybrid import HybridModelConfig
 
+    from megatron_prores.config import ProResConfig
     from megatron_prores.convert.llama import from_llama
-    from megatron_prores.model.specs import prores_layer_spec
+    from megatron_prores.training.model import set_layers
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if _device().type == "cuda" else "gloo")
@@ -62,16 +64,25 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
         )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     meta = golden.load_json("meta.json")
+    layout = dict(layout)
+    pattern = layout.pop("hybrid_layer_pattern", None)
+    if pattern is not None:
+        layout |= {"num_layers": 2 * meta["num_layers"], "is_hybrid_model": True}
     config = _transformer_config(weights, **layout)
-    model = GPTModelConfig(
-        transformer=config,
-        vocab_size=meta["vocab_size"],
-        seq_length=meta["seq_length"],
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        transformer_layer_spec=partial(prores_layer_spec, norm_placement=golden.placement(case)),
+    values = {
+        "transformer": config,
+        "vocab_size": meta["vocab_size"],
+        "seq_length": meta["seq_length"],
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+    }
+    model: Any = (
+        GPTModelConfig(**values)
+        if pattern is None
+        else HybridModelConfig(**values, hybrid_layer_pattern=pattern)
     )
-    chunks = GPTModelBuilder(model).build_distributed_models(
+    set_layers(model, ProResConfig(norm_placement=golden.placement(case)))
+    chunks = model.get_builder_cls()(model).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(),
     )
@@ -110,7 +121,8 @@ def _set_alphas(chunks: list[Any]) -> None:
     for chunk in chunks:
         for layer in chunk.modules():
             if isinstance(layer, ProResLayerMixin):
-                layer.set_alpha(probe[layer.layer_number - 1])
+                assert layer.prores_layer is not None
+                layer.set_alpha(probe[layer.prores_layer - 1])
 
 
 def _forward_step(with_labels: bool, data_iterator: Any, model: Any) -> tuple[Any, Any]:

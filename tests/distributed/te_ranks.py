@@ -129,6 +129,47 @@ def inspect_specs(directory: str) -> None:
     Path(directory, "specs.json").write_text(json.dumps(found))
 
 
+def inspect_hybrid_specs(directory: str) -> None:
+    """Writes, for each placement and kind of layer, its class, norms and places of fused ones."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_prores.model import with_prores
+    from megatron_prores.model.hybrid_specs import stack_spec
+    from megatron_prores.placement import PLACEMENTS
+
+    config = TransformerConfig(**_common_config(), is_hybrid_model=True)
+    found: dict[str, Any] = {}
+    for placement in PLACEMENTS:
+        # Megatron does not have * beside D and +, but its spec has all of them.
+        spec = with_prores.with_prores(stack_spec(config), placement, "M-G-*ED-+-")
+        for kind, slot in with_prores._LAYERS_OF_SYMBOLS.items():
+            layer = getattr(spec.params["layers"], slot)
+            parts = vars(layer.submodules)
+            found[f"{kind}, {placement}"] = {
+                "layer": layer.module.__name__,
+                "depths": layer.params["depths"],
+                "behind": [
+                    parts[name].__name__
+                    for bda, name in layer.module.branches.items()
+                    if parts[bda].__name__ != "IdentityFuncOp"
+                ],
+                "before": [
+                    name
+                    for name in ("norm", "input_layernorm", "pre_mlp_layernorm")
+                    if getattr(parts.get(name), "__name__", "IdentityOp") != "IdentityOp"
+                ],
+                "fused": [
+                    place
+                    for name in ("mixer", "self_attention", "mlp")
+                    for place in with_prores._find_module(
+                        parts.get(name), TELayerNormColumnParallelLinear, name
+                    )
+                ],
+            }
+    Path(directory, "hybrid.json").write_text(json.dumps(found))
+
+
 def _parts_of(layer: Any) -> dict[str, str]:
     parts = layer.submodules
     attention = parts.self_attention.submodules
@@ -243,7 +284,7 @@ if __name__ == "__main__":
     function, *words = sys.argv[1:]
     if function == "build_golden":
         build_golden(words[0], int(words[1]), words[2])
-    elif function in ("inspect_specs", "inspect_fused_norms"):
+    elif function.startswith("inspect_"):
         globals()[function](words[0])
     else:
         pretrain(*words)

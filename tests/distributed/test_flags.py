@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_prores.config import ProResConfig
 from tests.distributed.conftest import Text
-from tests.distributed.launch import Job, run_job
+from tests.distributed.launch import Job, run_job, run_ranks
 
 STEPS = 4
 WARMUP = 12
+BATCH = 8
+LENGTH = 32
 
 BASE = f"""
-    --device cpu --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32
-    --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8
+    --device cpu --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length {LENGTH}
+    --max-position-embeddings {LENGTH} --micro-batch-size 2 --global-batch-size {BATCH}
     --train-iters {STEPS} --lr 1e-3 --log-interval 1 --num-workers 0 --mock-data
     --tokenizer-type NullTokenizer --vocab-size 127 --prores-warmup-iters {WARMUP}
 """
@@ -82,7 +85,7 @@ VALIDATION = f"""
     --no-save-rng
 """
 
-ONE_DATASET = f"{QUIET} {ROPE} --split 80,15,5 --mid-level-dataset-surplus 0.01"
+SPLIT = f"{QUIET} {ROPE} --split 80,15,5 --mid-level-dataset-surplus 0.01"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -142,10 +145,32 @@ def test_several_validation_sets_are_read_to_their_end(text: Text, tmp_path: Pat
     assert (saved / f"iter_{STEPS:07d}").is_dir()
 
 
-def test_one_dataset_is_split_in_three(text: Text, tmp_path: Path) -> None:
+def make_cache(argv: list[str]) -> None:
+    """Builds the cache of a run with the planner, which tells the epochs as well."""
+    from megatron_prores.plan.planner import make_plan
+
+    plan = make_plan(argv, 1, with_cache=True)
+    assert [round(each["share"], 9) for each in plan.data] == [0.75, 0.25]
+    samples = STEPS * BATCH
+    for each in plan.data:
+        assert each["epochs"] == pytest.approx(each["share"] * samples * LENGTH / each["tokens"])
+
+
+def test_a_blend_is_drawn_as_weighed_and_its_cache_is_made_before(
+    text: Text, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
     position = text.flags.index("--train-data-path")
-    data = ["--data-path", text.flags[position + 1], "--data-cache-path", str(tmp_path / "cache")]
-    flags = [*real_data(), *text.flags[:position], *data, *ONE_DATASET.split()]
+    blend = ["3", text.flags[position + 1], "1", text.short[position + 1]]
+    data = ["--data-path", *blend, "--data-cache-path", str(cache)]
+    flags = [*real_data(), *text.flags[:position], *data, *SPLIT.split()]
+    planned = run_ranks(tmp_path / "plan", make_cache, (flags,))
+    assert planned.succeeded, planned.output[-3000:]
+    before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     job = run_job(tmp_path, flags)
     assert job.succeeded, job.output[-3000:]
     assert "lm loss validation" in job.tags()
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    (index,) = cache.glob("*-BlendedDataset-train-dataset_index.npy")
+    drawn = np.load(index)[: STEPS * BATCH].tolist()
+    assert abs(drawn.count(0) - 0.75 * len(drawn)) <= 1

@@ -185,11 +185,11 @@ def check_any_spec() -> None:
     from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
         get_gpt_heterogeneous_layer_spec,
     )
-    from megatron.core.ssm.mlp_layer import MLPLayer
     from megatron.core.transformer.heterogeneous.heterogeneous_config import (
         HeterogeneousTransformerConfig,
     )
     from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlock
@@ -243,7 +243,7 @@ def check_any_spec() -> None:
     wrong = {
         r"^norm_placement='foo': no such placement": (dense, "foo"),
         r"^spec: must be a ModuleSpec or TransformerBlockSubmodules .* not dict": ({}, "pre"),
-        r"^spec: .* layer class MLPLayer": (dataclasses.replace(dense, module=MLPLayer), "pre"),
+        r"^spec: .* layer class MLP,": (dataclasses.replace(dense, module=MLP), "pre"),
         r"^spec: .* layer class ProResTransformerLayer": (prores.with_prores(dense), "pre"),
         r"^spec: a layer without any norm": (
             dataclasses.replace(

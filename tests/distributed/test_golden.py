@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     ),
     "PP2": (WITH_PRORES, {"pipeline_model_parallel_size": 2}),
+    "hybrid": ([*META["cases"]], {"hybrid_layer_pattern": "*-" * META["num_layers"]}),
 }
 """Name -> the cases that are computed on a layout, and the layout."""
 
@@ -46,7 +47,7 @@ def forward(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             made[name] = tmp_path_factory.mktemp("forward")
             cases, layout = LAYOUTS[name]
             args = (cases, layout, str(made[name]))
-            ranks = 2 if layout else 1
+            ranks = 2 if any(size == 2 for size in layout.values()) else 1
             job = run_ranks(made[name], golden_ranks.run_forward_cases, args, ranks)
             (made[name] / "output").write_text("" if job.succeeded else job.output)
         assert not (output := (made[name] / "output").read_text()), output[-3000:]

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prores.convert import hybrid_to_gpt
 from megatron_prores.placement import PLACEMENTS
 from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
-from tests.distributed.launch import Check, Job, check_name, run_checks, run_job
-from tests.distributed.test_layouts import LAYOUTS, assert_same_run
+from tests.distributed.launch import Check, Job, check_name, run_checks, run_job, run_ranks
+from tests.distributed.test_hybrid import as_hybrid
+from tests.distributed.test_layouts import LAYOUTS, PP2, assert_same_curves, assert_same_run
 
 SHOWN_LAYOUTS = (
     "TP2 with sequence parallelism",
@@ -42,6 +44,39 @@ def test_same_run_on_every_layout(
     flags, one_rank = placement_run
     ranks, more = LAYOUTS[layout]
     assert_same_run(run_job(tmp_path, [*flags, *more.split()], ranks), one_rank)
+
+
+HYBRID = {
+    "sandwich": ("*-*-*-*-", "TP2 with sequence parallelism"),
+    "post": ("*|-*-|*-*|-", "PP2 with 2 virtual stages"),
+    "deepnorm": ("*-*|-*-*-", "PP2"),
+    "lns": ("*-*-*-*-", "DP2 with the distributed optimizer"),
+}
+"""Norm placement -> the pattern and layout on which its run goes on as a hybrid model."""
+
+BACK = "sandwich"
+"""The placement whose hybrid run becomes a GPT model's again: it has the most norms of ours."""
+
+
+def test_the_same_run_as_a_hybrid_model_and_back(
+    placement_run: tuple[list[str], Job], tmp_path: Path
+) -> None:
+    flags, one_rank = placement_run
+    placement = flags[flags.index("--norm-placement") + 1]
+    pattern, layout = HYBRID[placement]
+    ranks, more = LAYOUTS[layout]
+    more = more.partition(" --num-layers-per-virtual")[0]  # the cuts of the pattern say it
+    argv = [*as_hybrid(flags, pattern), *more.split()]
+    if placement == BACK:
+        argv += ["--save", str(tmp_path / "hybrid"), "--save-interval", "4"]
+    assert_same_curves(run_job(tmp_path / "there", argv, ranks), one_rank)
+    if placement == BACK:
+        words = ["--load", str(tmp_path / "hybrid"), "--output", str(tmp_path / "gpt")]
+        tool = run_ranks(tmp_path / "tool", hybrid_to_gpt.main, ([*words, "--ckpt-step", "4"],))
+        assert "iter_0000004 as a GPT model of 4 layers" in tool.output
+        # argparse takes the last --load.
+        argv = [*flags, *loading(tmp_path / "gpt"), *PP2.split()]
+        assert_same_curves(run_job(tmp_path / "back", argv, ranks=2), one_rank, first=5)
 
 
 def test_placements_are_different_models(

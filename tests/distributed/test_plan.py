@@ -14,6 +14,7 @@ import pytest
 
 from tests.distributed import faults
 from tests.distributed.launch import Job, run_job, run_ranks
+from tests.distributed.test_hybrid import MIXED, MIXED_FLAGS
 from tests.refusals import command_line, listing, prepare_files, shown_difference
 from tests.wrong_invocations import MAIN, MOCK, ROWS, Row
 
@@ -34,6 +35,10 @@ LAYOUTS = {
     "a prediction layer in a layout": (
                       "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tmL "
                       "--mtp-num-layers 1 --global-batch-size 2 --position-embedding-type rope", 2),
+    # The second of three blocks is on both stages, which are uneven.
+    "a hybrid model": (f"--num-layers 6 --hybrid-layer-pattern {MIXED} {MIXED_FLAGS} "
+                       "--disable-bias-linear --global-batch-size 2 "
+                       "--position-embedding-type rope", 2),
 }  # fmt: skip
 
 
@@ -47,10 +52,10 @@ def show_table() -> None:
 
     stock = audit.find_faults
 
-    def find_faults(reports: Any, alphas: Any) -> Any:
+    def find_faults(reports: Any, alphas: Any, depths: Any) -> Any:
         if os.environ["RANK"] == "0":
             print("TABLE", json.dumps(audit.table(reports)), flush=True)
-        return stock(reports, alphas)
+        return stock(reports, alphas, depths)
 
     audit.find_faults = find_faults
 
@@ -112,7 +117,8 @@ def test_the_plan_is_what_the_audit_of_a_real_run_finds(
     assert plan["table"] == json.loads(table)
     assert len(plan["table"].splitlines()) > ranks
     assert plan["layer_map"] == logged_map(job)
-    assert plan["layer_map"].count("\n") == plan["model"]["layers"]
+    shared = name == "a hybrid model"
+    assert plan["layer_map"].count("\n") == plan["model"]["layers"] + shared
     # "> number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (0, 0, 1): 99"
     counts = re.findall(r"model parallel rank \((\d+), \d+, (\d+)\): (\d+)", job.output)
     assert counts
@@ -261,6 +267,20 @@ OF_GPUS = {
     "names only": (f"{BATCH} --tokenizer-type HuggingFaceTokenizer --tokenizer-model some/model "
                    "--wandb-project p --wandb-exp-name e --wandb-save-dir /proc/wandb "
                    "--tensorboard-dir tensorboard --save saved --save-interval 9", 1, TOTAL),
+    "hybrid": (f"{BATCH} --hybrid-layer-pattern {'*-*-|' * 3}*-*- "
+               "--pipeline-model-parallel-size 2", 2, TOTAL),
+    # Of Mamba: the way in (gate, x, B, C, dt), convolution, A, D, dt, norm, and the way out. Of the
+    # gated delta net: the way in (q, k, v, gate, beta, alpha), convolution, A, dt, norm, way out.
+    "mamba": (f"{BATCH} --hybrid-layer-pattern {'M-*-' * 4}/*- --mamba-num-groups 8 "
+              "--pipeline-model-parallel-size 2", 2,
+              TOTAL - 4 * 4 * 512 * 512 + 4 * (512 * (2 * 1024 + 2 * 8 * 128 + 16)
+              + 5 * (1024 + 2 * 8 * 128) + 3 * 16 + 1024 + 1024 * 512)
+              + LAYER + 2 * 512 * 512 + 3 * 512),
+    "gated delta net": (f"{BATCH} --hybrid-layer-pattern {'G-' * 8} --linear-num-key-heads 4 "
+                        "--linear-num-value-heads 4 --linear-key-head-dim 64 "
+                        "--linear-value-head-dim 64 --linear-conv-kernel-dim 4", 1,
+                        TOTAL - 8 * 4 * 512 * 512 + 8 * (512 * (4 * 256 + 8) + 4 * 3 * 256 + 2 * 4
+                        + 64 + 256 * 512)),
 }  # fmt: skip
 
 
@@ -271,6 +291,8 @@ def gpu_plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         base = (
             LLAMA.replace("--untie-embeddings-and-output-weights", "") if name == "tied" else LLAMA
         )
+        if "--hybrid-layer-pattern" in flags:
+            base = base.replace("--num-layers 8", "")
         requests[name] = (shlex.split(f"{base} {flags}"), ranks)
     results = planned(requests, tmp_path_factory.mktemp("gpus"))
     for name, result in results.items():

@@ -94,6 +94,34 @@ FUSED_INTO = {
 }
 
 
+HYBRID = {
+    "M": ("ProResMambaLayer", "mixer.in_proj"),
+    "G": ("ProResTransformerLayer", "self_attention.in_proj"),
+    "*": ("ProResTransformerLayer", "self_attention.linear_qkv"),
+    "-": ("ProResMLPLayer", "mlp.linear_fc1"),
+    # A norm of its own before the branch.
+    "E": ("ProResMoETransformerLayer", "pre_mlp_layernorm"),
+    "D": ("ProResTransformerLayer", "input_layernorm"),
+    "+": ("ProResTransformerLayer", "input_layernorm"),
+}
+
+
+def test_which_module_stands_where_in_a_hybrid_model(tmp_path: Path) -> None:
+    run_te("inspect_hybrid_specs", str(tmp_path))
+    found = json.loads((tmp_path / "hybrid.json").read_text())
+    for name, placement in PLACEMENTS.items():
+        for kind, (layer, norm) in HYBRID.items():
+            before = [norm] if placement.norm_input else []
+            is_fused = "." in norm
+            assert found[f"{kind}, {name}"] == {
+                "layer": layer,
+                "depths": [1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+                "behind": ["IdentityOp" if placement.is_stock else "TENorm"],
+                "before": [] if is_fused else before,
+                "fused": before if is_fused else [],
+            }
+
+
 def test_no_norm_is_left_in_front_under_another_name(tmp_path: Path) -> None:
     run_te("inspect_fused_norms", str(tmp_path))
     found = json.loads((tmp_path / "fused.json").read_text())

@@ -32,7 +32,7 @@ def check_every_known_place() -> None:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_prores.errors import ArgumentError
-    from megatron_prores.model.with_prores import _without_input_norms
+    from megatron_prores.model.with_prores import _without_input_norm
     from tests.distributed.fused_backend import FusedBackend, NormThenLinear
 
     class Duplicated:
@@ -49,7 +49,11 @@ def check_every_known_place() -> None:
         return ModuleSpec(module=object, submodules=submodules)
 
     def parts(first: Any, second: Any = None) -> dict[str, Any]:
-        return _without_input_norms(first, second, Backend(), "post")
+        branches = {"self_attention": first, "mlp": second}
+        return {
+            name: _without_input_norm(branch, name, Backend(), "post")
+            for name, branch in branches.items()
+        }
 
     fused = NormThenLinear
     found = parts(attention(SelfAttentionSubmodules(fused, object, object)))

@@ -105,7 +105,7 @@ def test_a_note_names_the_checkpoint_that_was_just_saved(mode: str, tmp_path: Pa
     assert "warning: W&B" not in job.output
     assert tracked(tmp_path / "saved") == ITERATIONS
     # What is measured goes to W&B as it does to TensorBoard.
-    kept = history(tmp_path / "saved")
+    kept = history(tmp_path / "saved/wandb")
     measured = [tag for tag in job.tags() if tag.startswith("prores/")]
     assert {tag.split("/")[1] for tag in measured} == {
         *("alpha", "spike_score", "skipped_steps"),

@@ -93,7 +93,7 @@ VARIABLES = {
         WANDB_PROJECT WANDB_NAME WANDB_MODE PYTHON LEARNING_RATE
     """.split()},
     "RUN_DIR": "/the-run-dir", "DEVICE": "cuda", "PRECISION": "fp8", "DATA": "files",
-    "NODE_RANK": "5001", "GPU_FLAGS": "--the-gpu-flags",
+    "MODEL_KIND": "gpt", "NODE_RANK": "5001", "GPU_FLAGS": "--the-gpu-flags",
 }  # fmt: skip
 
 

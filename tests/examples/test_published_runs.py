@@ -370,6 +370,20 @@ def test_equal_has_one_length_at_every_depth() -> None:
         assert figures(f"depth_study.sh-{layers}", "equal")["--prores-warmup-iters"] == 12000
 
 
+def test_one_variable_makes_a_hybrid_model_of_a_run() -> None:
+    _, flags = dry_run("pretrain_71m.sh", MODEL_KIND="hybrid", PP="2", VPP="3", LAYERS="12")
+    text = " ".join(flags) + " "
+    assert "--hybrid-layer-pattern *-*-|*-*-|*-*-|*-*-|*-*-|*-*- --hidden-size" in text
+    assert "--num-layers" not in text
+    assert "virtual" not in text
+    assert "--dist-ckpt-optim-fully-reshardable " in text
+    # The command of docs/hybrid.md.
+    _, flags = dry_run("pretrain_130m.sh", MODEL_KIND="hybrid", PP="2")
+    assert flags[flags.index("--hybrid-layer-pattern") + 1] == f"{'*-' * 6}|{'*-' * 6}"
+    _, flags = dry_run("pretrain_71m.sh", MODEL_KIND="hybrid")
+    assert flags[flags.index("--hybrid-layer-pattern") + 1] == "*-" * 12
+
+
 def test_layout_data_and_further_flags_go_through() -> None:
     launcher, flags = dry_run(
         *("pretrain_7b.sh", "post", "--seed", "7", "--log-throughput"),
@@ -497,6 +511,12 @@ def test_inside_of_slurm_the_nodes_find_each_other(tmp_path: Path) -> None:
         ("pretrain_130m.sh", {"TP": "0"}, "TP=0: give a whole number above 0"),
         ("pretrain_130m.sh", {"PRECISION": "fp16"}, "PRECISION=fp16: choose bf16, fp8 or fp32"),
         ("pretrain_130m.sh", {"DATA": "c4"}, "DATA=c4: choose files or mock"),
+        ("pretrain_130m.sh", {"MODEL_KIND": "mamba"}, "MODEL_KIND=mamba: choose gpt or hybrid"),
+        (
+            "pretrain_130m.sh",
+            {"MODEL_KIND": "hybrid", "PP": "5"},
+            "LAYERS=12: they do not divide into PP=5 times VPP=1 stages",
+        ),
         ("pretrain_130m.sh", {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is less"),
         ("pretrain_130m.sh", {"NNODES": "2"}, "NNODES=2 needs NODE_RANK"),
         ("pretrain_130m.sh", {"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),

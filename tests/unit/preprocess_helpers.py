@@ -13,26 +13,24 @@ import numpy as np
 
 from megatron_prores.data import preprocess
 from megatron_prores.data.encode import Encoder
+from megatron_prores.data.inputs import Input
+from megatron_prores.data.output import Summary
+from megatron_prores.data.text_tokenizer import TextTokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 EOD = 256
 
 
-class ByteTokenizer:
-    """Bytes as ids: what it makes of a text is known without it."""
-
-    vocab_size = 257
-    eod = EOD
-
-    def tokenize(self, text: str) -> list[int]:
-        if text == "kill the worker":
-            os._exit(9)
-        return list(text.encode())
+def byte_ids(text: str) -> bytes:
+    """Makes bytes the ids: they are known without a tokenizer."""
+    if text == "kill the worker":
+        os._exit(9)
+    return np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tobytes()
 
 
 def encoder(**settings: Any) -> Encoder:
-    defaults: dict[str, Any] = {"keys": ["text"], "dtype": np.uint16, "eod": EOD}
-    return Encoder(ByteTokenizer(), **{**defaults, **settings})
+    defaults: dict[str, Any] = {"keys": ["text"], "eod": EOD}
+    return Encoder(TextTokenizer(byte_ids, 257, EOD), **{**defaults, **settings})
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -52,8 +50,9 @@ def read_dataset(prefix: Path) -> list[list[int]]:
     return [dataset[index].tolist() for index in range(len(dataset))]
 
 
-def run(inputs: list[Path], prefix: Path, workers: int = 1, **settings: Any) -> preprocess.Summary:
-    return preprocess.preprocess([str(p) for p in inputs], prefix, encoder(**settings), workers)
+def run(inputs: list[Path], prefix: Path, workers: int = 1, **settings: Any) -> Summary:
+    named = [Input(str(path), path.stat().st_size) for path in inputs]
+    return preprocess.preprocess(named, prefix, encoder(**settings), workers)
 
 
 def command(*args: object) -> list[str]:

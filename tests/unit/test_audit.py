@@ -17,6 +17,7 @@ def reports() -> list[RankReport]:
             layers=tuple(
                 HeldLayer(
                     layer=layer,
+                    number=layer,
                     alpha=ALPHAS[layer - 1],
                     rank=rank,
                     stage=rank // 2,
@@ -77,6 +78,41 @@ def test_alphas_are_compared_as_the_tensors_hold_them() -> None:
     result = changed(0, 1, alpha=as_float32)
     result[1] = changed(1, 1, alpha=as_float32)[1]
     assert find_faults(result, [1.0, third, 0.25, 0.125]) == []
+
+
+PATTERN = (1, 1, 2, 2)
+"""l of the four layers, as two blocks of a hybrid model."""
+
+
+def hybrid(**fields: int) -> list[RankReport]:
+    """The reports of such a model, with the third layer changed on rank 2."""
+    result = []
+    for report in reports():
+        layers = [
+            replace(held, layer=depth, alpha=ALPHAS[depth - 1])
+            for held in report.layers
+            for depth in [PATTERN[held.number - 1]]
+        ]
+        if report.rank == 2:
+            layers[0] = replace(layers[0], **fields)
+        result.append(replace(report, layers=tuple(layers)))
+    return result
+
+
+def test_the_layers_of_a_block_count_as_one() -> None:
+    assert find_faults(hybrid(), ALPHAS[:2], PATTERN) == []
+    rows = [line.split() for line in layer_map(hybrid(), [10, 20]).splitlines()]
+    assert rows[1:] == [["1", "0", "0", "10"], ["2", "1", "0", "20"]]
+
+
+def test_a_layer_that_counts_as_another_than_the_pattern_says() -> None:
+    assert find_faults(hybrid(layer=1, alpha=1), ALPHAS[:2], PATTERN) == [
+        "rank 2: layer 3 of the pattern counts as layer 1 of 2, not 2"
+    ]
+    assert find_faults(hybrid(number=4), ALPHAS[:2], PATTERN) == [
+        "pipeline 0: layer 3 of the pattern is held by no rank",
+        "pipeline 0: layer 4 of the pattern is held by 2, 2",
+    ]
 
 
 def test_table_and_map_show_who_holds_what() -> None:

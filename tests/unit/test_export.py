@@ -13,16 +13,18 @@ from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
+import torch
 from huggingface_hub import HfApi
 
 from megatron_prores.convert import export as exporting
+from megatron_prores.convert import hybrid_to_gpt
 from megatron_prores.convert.architecture import architecture_of
 from megatron_prores.convert.export import export, open_checkpoint
 from megatron_prores.convert.from_hugging_face import megatron_flags
 from megatron_prores.convert.tokenizer import SAMPLE_TEXT, fast_sentencepiece
 from megatron_prores.errors import UserError
 from tests.distributed.launch import REPOSITORY
-from tests.unit.stored import make_llama
+from tests.unit.stored import make, make_llama, unguard_loading
 
 LLAMA: dict[str, Any] = {
     "num_layers": 4,
@@ -251,3 +253,22 @@ def test_push_uploads_what_was_exported(
         exporting.main([*words, "--output", str(tmp_path / "again")])
     assert f"the model is in {tmp_path / 'again'}" in error.value.message()
     assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "optimizer", "words"),
+    [
+        ("M-*-", "optimizer.state.param.decoder.layers.0.mixer.A_log", "M-\\*- is no GPT model"),
+        ("*-*-/*-", "optimizer.state.param.mtp.layers.0.weight", "is no GPT model"),
+        ("*-*-", "optimizer.distributed.dp_group_idx_0.param_state", "fully-reshardable"),
+    ],
+)
+def test_a_hybrid_checkpoint_that_no_gpt_model_goes_on_from(
+    pattern: str, optimizer: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unguard_loading(monkeypatch)
+    make(tmp_path / "saved", 2, {optimizer: torch.ones(2)}, hybrid_layer_pattern=pattern)
+    argv = ["--load", str(tmp_path / "saved"), "--output", str(tmp_path / "gpt")]
+    with pytest.raises(UserError, match=words):
+        hybrid_to_gpt.main(argv)
+    assert not (tmp_path / "gpt").exists()

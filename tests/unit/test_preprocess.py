@@ -14,7 +14,8 @@ import zstandard
 
 from megatron_prores.data import megatron_tokenizer, preprocess, tokenizer
 from megatron_prores.data.encode import encode_in_order
-from megatron_prores.data.jsonl import read_chunks
+from megatron_prores.data.inputs import Input
+from megatron_prores.data.readers import read_chunks
 from megatron_prores.errors import UserError
 from tests.unit.preprocess_helpers import (
     EOD,
@@ -116,7 +117,7 @@ def test_the_input_is_read_only_a_few_chunks_ahead(tmp_path: Path) -> None:
 
     def counted() -> Any:
         nonlocal taken
-        for chunk in read_chunks([str(tmp_path / "in.jsonl")], chunk_bytes=2000):
+        for chunk in read_chunks([Input(str(tmp_path / "in.jsonl"))], ["text"], chunk_bytes=2000):
             taken += 1
             yield chunk
 
@@ -129,11 +130,11 @@ def test_the_input_is_read_only_a_few_chunks_ahead(tmp_path: Path) -> None:
 def test_a_huge_compressed_line_and_a_cut_file_are_told_apart(tmp_path: Path) -> None:
     text = "x" * 3_000_000
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(jsonl([text])))
-    (chunk,) = read_chunks([str(tmp_path / "a.jsonl.zst")])
-    assert json.loads(chunk.lines[0])["text"] == text
+    (chunk,) = read_chunks([Input(str(tmp_path / "a.jsonl.zst"))], ["text"])
+    assert json.loads(chunk.text)["text"] == text
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(jsonl([text]))[:-5])
-    with pytest.raises(UserError, match="incomplete"):
-        list(read_chunks([str(tmp_path / "a.jsonl.zst")]))
+    (chunk,) = read_chunks([Input(str(tmp_path / "a.jsonl.zst"))], ["text"])
+    assert "incomplete" in str(chunk.problem)
 
 
 def test_standard_input_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

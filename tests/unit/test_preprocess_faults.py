@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import re
 import signal
 import subprocess
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from megatron_prores.data import preprocess
-from megatron_prores.data.jsonl import BrokenLineError, parse_document
+from megatron_prores.data.inputs import BrokenLineError, Input, texts_of
 from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import UserError
 from tests.unit.preprocess_helpers import (
     NULL_TOKENIZER,
     TOOL,
     command,
+    encoder,
     jsonl,
     read_dataset,
     run,
@@ -30,11 +33,15 @@ BROKEN = {
     b'["text"]': "not a JSON object",
     b'{"text": "caf\xe9"}': "not UTF-8",
     b'{"text": "\\ud800"}': "surrogate",
+    b'{"text": "\0"}': "not JSON: Invalid control character at",
+    b'{"text": ' + b"[" * 100_000: "JSON nested too deep",
+    b'{"text": "x", "n": ' + b"9" * 5000 + b"}": "a number with too many digits",
+    jsonl(["y" * 5000])[:-1]: "key 'text' has 5000 bytes, above --max-document-bytes 2000",
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("line", BROKEN, ids=[words[:20] for words in BROKEN.values()])
 def test_a_broken_line_is_named_and_ends_the_run_or_is_left_out(
     tmp_path: Path, line: bytes, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,18 +49,89 @@ def test_a_broken_line_is_named_and_ends_the_run_or_is_left_out(
     (tmp_path / "bad.jsonl").write_bytes(jsonl(["one"]) + b"\n" + line + b"\n" + jsonl(["two"]))
     inputs = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
     # Whatever the tokenizer, each of which has an error of its own.
-    with pytest.raises(BrokenLineError, match=re.escape(BROKEN[line])):
-        parse_document(line, ["text"])
+    if "--max-document-bytes" not in BROKEN[line]:
+        with pytest.raises(BrokenLineError, match=re.escape(BROKEN[line])):
+            texts_of(line, ["text"])
     with pytest.raises(UserError) as caught:
-        run(inputs, tmp_path / "out", workers)
+        run(inputs, tmp_path / "out", workers, max_bytes=2000)
     assert "bad.jsonl:3: " in str(caught.value)
     assert BROKEN[line] in str(caught.value)
     assert not list(tmp_path.glob("*out*"))
-    summary = run(inputs, tmp_path / "out", workers, stop_at_problem=False)
+    summary = run(inputs, tmp_path / "out", workers, stop_at_problem=False, max_bytes=2000)
     assert (summary.documents, summary.broken) == (5, 1)
     assert "bad.jsonl:3: " in capsys.readouterr().err
     texts = [bytes(ids[:-1]).decode() for ids in read_dataset(tmp_path / "out_text_document")]
     assert texts == ["first"] * 3 + ["one", "two"]
+
+
+GOOD = jsonl([f"text {n}" for n in range(900)])
+
+
+def parquet_file(path: Path, **columns: Any) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=400)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "words", "documents"),
+    [
+        ("a.jsonl.gz", slice(-9), "damaged or incomplete compressed file", 900),
+        ("a.jsonl.gz", slice(20), "damaged or incomplete compressed file", 0),
+        ("a.jsonl.zst", slice(-9), "damaged or incomplete compressed file", 0),
+        ("a.json.zst", slice(3, None), "damaged or incomplete compressed file", 0),
+        ("a.parquet", slice(-9), "damaged or incomplete parquet file (ArrowInvalid", 0),
+        ("a.parquet", slice(4), "damaged or incomplete parquet file (ArrowInvalid", 0),
+    ],
+)
+def test_a_damaged_file_is_named_and_what_it_holds_before_counts(
+    tmp_path: Path, name: str, cut: slice, words: str, documents: int
+) -> None:
+    path = tmp_path / name
+    whole = {
+        ".gz": lambda: gzip.compress(GOOD),
+        ".zst": lambda: zstandard.compress(GOOD),
+        ".parquet": lambda: parquet_file(path, text=["x"] * 900),
+    }[path.suffix]()
+    path.write_bytes(whole)
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(GOOD)
+    assert run([path], tmp_path / "whole").documents == 900
+    path.write_bytes(whole[cut])
+    with pytest.raises(UserError) as caught:
+        run([path, good], tmp_path / "out", 2)
+    assert f"{path}:" in str(caught.value)
+    assert words in str(caught.value)
+    summary = run([path, good], tmp_path / "out", 2, stop_at_problem=False)
+    assert summary.documents == documents + 900
+    assert summary.left_out == {"unreadable file": 1}
+
+
+def test_columns_of_parquet_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet_file(path, text=["x", None, "y", ""], bytes=[b"x", b"\xff", b"y", b"z"], n=[1, 2, 3, 4])
+    for key, left_out in (
+        ("text", {"not a string": 1, "empty": 1}),
+        ("bytes", {"not UTF-8": 1}),
+    ):
+        summary = run([path], tmp_path / key, keys=[key], stop_at_problem=False)
+        assert summary.left_out == left_out
+        with pytest.raises(UserError, match=r"a\.parquet:2: key"):
+            run([path], tmp_path / "none", keys=[key])
+    for key, words in (
+        ("body", "no column 'body' \\(columns: text"),
+        ("n", "is int64, not a string"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run([path], tmp_path / "none", keys=[key])
+
+
+def test_a_file_that_disappears_is_named(tmp_path: Path) -> None:
+    gone = Input(str(tmp_path / "gone.jsonl"), 9)
+    with pytest.raises(UserError, match=r"gone\.jsonl:1: cannot be read: No such file"):
+        preprocess.preprocess([gone], tmp_path / "out", encoder(), 1)
 
 
 @pytest.mark.timeout(240)

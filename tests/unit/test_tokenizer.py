@@ -75,7 +75,7 @@ def test_vocabulary_has_the_asked_size_and_the_special_tokens_megatron_needs(
     built: Any = megatron_tokenizer.build_megatron_tokenizer(parser.parse_args(args))
     assert built.vocab_size == 600
     assert (built.unk, built.bos, built.eos) == (0, 1, 2)
-    assert megatron_tokenizer.end_of_document_id(built) == 2
+    assert built.eod == 2
     for text in AWKWARD[1:]:
         assert built.detokenize(built.tokenize(text)) == text
 
