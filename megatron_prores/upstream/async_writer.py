@@ -7,7 +7,8 @@ to the whole process group, so that the training process waits for it until it i
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
@@ -63,6 +65,7 @@ def watch_writers() -> None:
     would wait for ever.
     """
     purpose = watch_writers
+    watched: Any = None
 
     def results_queue(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
         queue = filesystem_async._results_queue
@@ -71,13 +74,22 @@ def watch_writers() -> None:
             filesystem_async._results_queue = None
         return stock(mp_mode="fork")
 
-    def schedule(stock: Callable[[], None], named: dict[str, Any]) -> None:
-        if _is_dead(caller := named["self"]):
-            print("> the process that writes checkpoints was killed: here is another")
-            caller.close()
+    def schedule_async_call(stock: Callable[[], None], named: dict[str, Any]) -> None:
+        nonlocal watched
+        caller, rank = named["self"], torch.distributed.get_rank()
+        if named["async_req"].async_fn is not None:
+            caller.process = PersistentAsyncCaller._get_process(rank)
+            if _is_dead(caller):
+                print("> the process that writes checkpoints was killed: here is another")
+                caller.close()
+                caller.process = PersistentAsyncCaller._get_process(rank)
+            if caller.process is not watched:
+                watched = caller.process
+                left = (watched, caller._persistent_preload_q)
+                threading.Thread(target=_take_off, args=left, daemon=True).start()
         stock()
 
-    def is_done(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
+    def is_current_async_call_done(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
         # All ranks come through here together: the stock call is collective.
         while not (done := stock(blocking=False)):
             if _is_dead(caller := named["self"]) and caller.cur_item is None:
@@ -92,11 +104,21 @@ def watch_writers() -> None:
     def close(stock: Callable[..., None], named: dict[str, Any]) -> None:
         stock(**({"abort": True} if _is_dead(named["self"]) else {}))
 
-    at_work = ("self", "blocking")
     wrap(filesystem_async, "get_write_results_queue", ("mp_mode",), results_queue, purpose=purpose)
-    wrap(PersistentAsyncCaller, "schedule_async_call", ("self",), schedule, purpose=purpose)
-    wrap(PersistentAsyncCaller, "is_current_async_call_done", at_work, is_done, purpose=purpose)
-    wrap(PersistentAsyncCaller, "close", ("self", "abort"), close, purpose=purpose)
+    for wrapper, needs in (
+        (schedule_async_call, ("self", "async_req")),
+        (is_current_async_call_done, ("self", "blocking")),
+        (close, ("self", "abort")),
+    ):
+        wrap(PersistentAsyncCaller, wrapper.__name__, needs, wrapper, purpose=purpose)
+
+
+def _take_off(writer: Any, tasks: Any) -> None:
+    """Mark a writer's tasks as done once it has ended: who waits for one waits for ever."""
+    multiprocessing.connection.wait([writer.sentinel])
+    with contextlib.suppress(ValueError):  # none is left
+        while True:
+            tasks.task_done()
 
 
 def _is_dead(caller: PersistentAsyncCaller) -> bool:

