@@ -66,6 +66,7 @@ def watch_writers() -> None:
     """
     purpose = watch_writers
     watched: Any = None
+    pending = 0  # saves that are not known to be done on all ranks
 
     def results_queue(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
         queue = filesystem_async._results_queue
@@ -75,14 +76,17 @@ def watch_writers() -> None:
         return stock(mp_mode="fork")
 
     def schedule_async_call(stock: Callable[[], None], named: dict[str, Any]) -> None:
-        nonlocal watched
+        nonlocal watched, pending
         caller, rank = named["self"], torch.distributed.get_rank()
         if named["async_req"].async_fn is not None:
             caller.process = PersistentAsyncCaller._get_process(rank)
             if _is_dead(caller):
-                print("> the process that writes checkpoints was killed: here is another")
                 caller.close()
+                if pending:  # it cannot be told what of them is written
+                    raise WriterDiedError
+                print("> the process that writes checkpoints was killed: here is another")
                 caller.process = PersistentAsyncCaller._get_process(rank)
+            pending += 1
             if caller.process is not watched:
                 watched = caller.process
                 left = (watched, caller._persistent_preload_q)
@@ -90,6 +94,7 @@ def watch_writers() -> None:
         stock()
 
     def is_current_async_call_done(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
+        nonlocal pending
         # All ranks come through here together: the stock call is collective.
         while not (done := stock(blocking=False)):
             if _is_dead(caller := named["self"]) and caller.cur_item is None:
@@ -99,6 +104,7 @@ def watch_writers() -> None:
             if not named.get("blocking"):
                 break
             time.sleep(0.1)
+        pending -= bool(done)  # a tensor
         return done
 
     def close(stock: Callable[..., None], named: dict[str, Any]) -> None:
