@@ -9,6 +9,9 @@ trap : USR1 TERM # the run has got them as well; this waits for its end
 "$@"
 code=$?
 ((code == 0)) || echo "slurm: node ${SLURM_NODEID:-0} (${SLURMD_NODENAME:-$HOSTNAME}) ended with code $code"
+# srun ends all nodes with the first that fails. Where another has brought that about, it gets the time
+# to say why; unless this one knows it (job.sh: final_codes), or is alone.
+[[ $code =~ ^(0|2|16|17|75|130)$ || ${SLURM_NNODES:-1} == 1 ]] || sleep 10
 # Saved on a signal is no failure: for one, srun would kill the nodes that are just ending.
 ((code != 75)) || code=0
 exit "$code"

@@ -6,6 +6,7 @@ dies of SIGUSR1 and leaves them behind. Here
 - SIGTERM and SIGUSR1 are handed on to the ranks, which save and end, however long that takes: who
   sent the signal decides how long to wait;
 - a signal that comes again meanwhile changes nothing;
+- once a rank has failed, with which none can save any more, the others of its node are given 5 s;
 - a node that is lost ends the job on all nodes, each of which says so in one line
   (megatron_prores/launch/nodes.py): ``--silent-node-seconds`` is how long it may be silent;
 - the exit code is that of the ranks: 75 when they have saved on a signal and the job is to be
@@ -118,9 +119,8 @@ def _run(argv: Sequence[str], ranks: Ranks, nodes: Nodes | None) -> int:
         return 1
     except SignalException:
         codes = set(ranks.codes)
-        if EXIT_INTERRUPTED in codes and codes <= {0, EXIT_INTERRUPTED}:
-            return EXIT_INTERRUPTED
-        if codes == {0}:
-            return 0
-        return 128 + (ranks.signal or signal.SIGTERM)
+        if failed := codes - {0, EXIT_INTERRUPTED}:
+            # Where some died of the signal, or of another's absence, with code 1, another says why.
+            return max(failed) if max(failed) > 0 else 128 + (ranks.signal or signal.SIGTERM)
+        return max(codes, default=128 + (ranks.signal or signal.SIGTERM))
     return 0

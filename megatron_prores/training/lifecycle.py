@@ -22,7 +22,11 @@ from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
 from megatron_prores.training.bad_numbers import report_bad_numbers, report_different_weights
 from megatron_prores.training.save_lock import SaveLock
-from megatron_prores.upstream.async_writer import end_writers_with_training
+from megatron_prores.upstream.async_writer import (
+    WriterDiedError,
+    end_writers_with_training,
+    watch_writers,
+)
 from megatron_prores.upstream.registry import wrap
 from megatron_prores.upstream.tracker_file import write_tracker_atomically
 from megatron_prores.upstream.training_loop import ask_for_signals
@@ -85,6 +89,7 @@ class Lifecycle:
         self.args.exit_signal_handler = True
         ask_for_signals(self.signals.__enter__())
         end_writers_with_training()
+        watch_writers()
         write_tracker_atomically()
         wrap(training, "initialize_megatron", (), self._initialize)
         wrap(training, "load_checkpoint", (), self._load)
@@ -203,6 +208,8 @@ def installed(args: Any) -> Iterator[None]:
 
 def _killed_process(error: RuntimeError) -> str:
     """Return which process of this rank was killed; empty for another error."""
+    if isinstance(error, WriterDiedError):
+        return "the process that writes checkpoints died in a save, which is lost"
     # torch raises it wherever the training program is, when it hears of the worker's end.
     if str(error).startswith("DataLoader worker (pid"):
         return f"a process that loads its data: {str(error).splitlines()[0].strip(' .')}"

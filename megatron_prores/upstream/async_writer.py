@@ -7,17 +7,21 @@ to the whole process group, so that the training process waits for it until it i
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import multiprocessing.connection
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 from megatron_prores.processes import end_children_with_parent
-from megatron_prores.upstream.registry import replace, stock
+from megatron_prores.upstream.registry import replace, stock, wrap
 
 
 def _die_with_training_process() -> None:
@@ -48,3 +52,80 @@ def end_writers_with_training() -> None:
     replace(PersistentAsyncCaller, end_writers_with_training, async_loop=writer_loop)
     end_children_with_parent()
     filesystem_async.get_write_results_queue("fork")
+
+
+class WriterDiedError(RuntimeError):
+    """The writer died with a checkpoint half written."""
+
+
+def watch_writers() -> None:
+    """Start writers anew that were killed between two saves, and raise where one was in a save.
+
+    Without the server of its queue Megatron's next save would fail; for a writer that is dead it
+    would wait for ever.
+    """
+    purpose = watch_writers
+    watched: Any = None
+    pending = 0  # saves that are not known to be done on all ranks
+
+    def results_queue(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
+        queue = filesystem_async._results_queue
+        if queue is not None and not queue._manager._process.is_alive():
+            print("> the process that collects what a save has written was killed: here is another")
+            filesystem_async._results_queue = None
+        return stock(mp_mode="fork")
+
+    def schedule_async_call(stock: Callable[[], None], named: dict[str, Any]) -> None:
+        nonlocal watched, pending
+        caller, rank = named["self"], torch.distributed.get_rank()
+        if named["async_req"].async_fn is not None:
+            caller.process = PersistentAsyncCaller._get_process(rank)
+            if _is_dead(caller):
+                caller.close()
+                if pending:  # it cannot be told what of them is written
+                    raise WriterDiedError
+                print("> the process that writes checkpoints was killed: here is another")
+                caller.process = PersistentAsyncCaller._get_process(rank)
+            pending += 1
+            if caller.process is not watched:
+                watched = caller.process
+                left = (watched, caller._persistent_preload_q)
+                threading.Thread(target=_take_off, args=left, daemon=True).start()
+        stock()
+
+    def is_current_async_call_done(stock: Callable[..., bool], named: dict[str, Any]) -> bool:
+        nonlocal pending
+        # All ranks come through here together: the stock call is collective.
+        while not (done := stock(blocking=False)):
+            if _is_dead(caller := named["self"]) and caller.cur_item is None:
+                caller._persistent_queue.cancel_join_thread()
+                caller.close()
+                raise WriterDiedError
+            if not named.get("blocking"):
+                break
+            time.sleep(0.1)
+        pending -= bool(done)  # a tensor
+        return done
+
+    def close(stock: Callable[..., None], named: dict[str, Any]) -> None:
+        stock(**({"abort": True} if _is_dead(named["self"]) else {}))
+
+    wrap(filesystem_async, "get_write_results_queue", ("mp_mode",), results_queue, purpose=purpose)
+    for wrapper, needs in (
+        (schedule_async_call, ("self", "async_req")),
+        (is_current_async_call_done, ("self", "blocking")),
+        (close, ("self", "abort")),
+    ):
+        wrap(PersistentAsyncCaller, wrapper.__name__, needs, wrapper, purpose=purpose)
+
+
+def _take_off(writer: Any, tasks: Any) -> None:
+    """Mark a writer's tasks as done once it has ended: who waits for one waits for ever."""
+    multiprocessing.connection.wait([writer.sentinel])
+    with contextlib.suppress(ValueError):  # none is left
+        while True:
+            tasks.task_done()
+
+
+def _is_dead(caller: PersistentAsyncCaller) -> bool:
+    return caller.process is not None and not caller.process.is_alive()

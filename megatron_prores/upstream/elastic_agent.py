@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import api
 
+from megatron_prores.errors import EXIT_INTERRUPTED
 from megatron_prores.upstream.registry import wrap
 
 CLOSE_TIMEOUT_SECONDS = 7 * 24 * 3600
 """Seconds for the ranks to save after a signal: for ever, in effect."""
+
+FAILED_CLOSE_SECONDS = 5.0
+"""Seconds for the other ranks once one has failed, as none can save without it. The launcher has to
+tell the code before batch systems kill it, and before other nodes that have failed of it end it."""
 
 
 class Ranks:
@@ -57,5 +64,19 @@ class Ranks:
     def _close(self, stock: Callable[..., None], named: dict[str, Any]) -> None:
         """Wait for ranks that save after a signal, and note their exit codes."""
         processes = [each.proc for each in (named["self"].subprocess_handlers or {}).values()]
+        watch = threading.Thread(target=self._kill_after_failure, args=(processes,))
+        watch.start()
         stock(**({} if self.signal is None else {"timeout": CLOSE_TIMEOUT_SECONDS}))
+        watch.join()
         self.codes = [process.returncode or 0 for process in processes]
+
+    def _kill_after_failure(self, processes: list[Any]) -> None:
+        """Wait for the end of the ranks, and kill those that are left once one has failed."""
+        deadline = float("inf")
+        while None in (codes := [process.poll() for process in processes]):
+            if any(code not in (None, 0, EXIT_INTERRUPTED) for code in codes):
+                deadline = min(deadline, time.monotonic() + FAILED_CLOSE_SECONDS)
+            if time.monotonic() > deadline:
+                self.kill()
+                return
+            time.sleep(0.1)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,41 @@ class KillBeforeTheTrackerFile:
             return stock(path)
 
         tracker_file.atomic_write = atomic_write  # type: ignore[assignment]
+
+
+def kill_writers() -> None:
+    """On rank 1 SIGKILL takes the writer before the second save, and the next one in its second."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    if os.environ["RANK"] != "1":
+        return
+    stock, calls = filesystem_async.get_write_results_queue, 0
+
+    def get_write_results_queue(mp_mode: str = "spawn") -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # two at the start, and one for each save
+            PersistentAsyncCaller._persistent_process.kill()
+            PersistentAsyncCaller._persistent_process.join()
+        return stock(mp_mode)
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
+    writer = filesystem_async.FileSystemWriterAsync
+    _write.append(writer.write_preloaded_data_multithread)
+    writer.write_preloaded_data_multithread = staticmethod(write_once)
+
+
+_write: list[Callable[..., None]] = []
+_written: list[tuple[object, ...]] = []
+
+
+def write_once(*args: object) -> None:
+    """As Megatron's, in the writer, which dies in its second call."""
+    if _written:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _written.append(args)
+    _write[0](*args)
 
 
 def configure_twice() -> None:

@@ -55,6 +55,16 @@ def contents(directory: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def kill_queue_server(rank: int) -> None:
+    """Kills the child of a rank that collects what a save has written: the one that listens."""
+    (server,) = (
+        child
+        for child in psutil.Process(rank).children()
+        if any("/listener-" in each.laddr for each in child.net_connections("unix"))
+    )
+    server.kill()
+
+
 @pytest.mark.parametrize(
     ("number", "more"),
     [(signal.SIGTERM, ["--num-workers", "1"]), (signal.SIGUSR1, ["--num-workers", "0", *ASYNC])],
@@ -67,6 +77,8 @@ def test_a_signal_to_one_rank_saves_at_the_next_step_and_the_run_goes_on(
     log = tmp_path / "job" / "rank0.log"
     wait_for(log, "(after 2 iterations)")
     before = len(re.findall(r"^ \[.*iteration +\d+/", log.read_text(), flags=re.MULTILINE))
+    if ASYNC[0] in more:
+        kill_queue_server(processes[1].pid)
     # A launcher signals the whole group of a rank, its data loaders and writers as well; here the
     # rank and its children, as ranks of these tests share a group.
     children = Path(f"/proc/{processes[1].pid}/task/{processes[1].pid}/children").read_text()
@@ -85,6 +97,16 @@ def test_a_signal_to_one_rank_saves_at_the_next_step_and_the_run_goes_on(
     again = run_job(tmp_path / "again", argv, ranks=2)
     assert again.succeeded, again.output[-3000:]
     assert sorted(again.scalars("lm loss")) == [saved + 1, saved + 2]
+
+
+def test_a_writer_that_is_killed_is_replaced_or_ends_the_run(tmp_path: Path) -> None:
+    flags = [*MODEL, "--num-workers", "0", *at(tmp_path / "save", 2), *ASYNC, *ENDLESS]
+    job = run_job(tmp_path / "job", flags, ranks=2, prepare=faults.kill_writers)
+    assert job.exit_codes[1] == 1
+    assert "the process that writes checkpoints was killed: here is another" in job.output
+    (line,) = [each for each in job.output.splitlines() if each.startswith("error: ")]
+    assert f"rank 1 (host {os.uname()[1]}): the process that writes checkpoints died" in line
+    assert tracked(tmp_path / "save") in (2, 4)  # the second save may not have been completed yet
 
 
 @pytest.mark.parametrize(

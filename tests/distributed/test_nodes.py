@@ -50,15 +50,16 @@ def launchers(
     directory: Path,
     *ranks: str,
     numbers: tuple[int, ...] = (0, 1),
+    per_node: tuple[int, ...] = (1, 1, 1),
     wait: int = 60,
     silent: float | str = 60,
     port: int | None = None,
 ) -> Iterator[list[Launcher]]:
-    """Starts a launcher per node, each with one rank that runs a line of shell."""
+    """Starts a launcher per node, whose ranks, by default one, run a line of shell."""
     port = port or free_port()
     started = []
     for start, (node, rank) in enumerate(zip(numbers, ranks, strict=True)):
-        argv = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+        argv = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", str(per_node[start])]
         argv += ["--rdzv-backend", "static", "--master-addr", "127.0.0.1"]
         argv += ["--master-port", str(port), "--rdzv-id", "test", "--rdzv-conf", f"timeout={wait}"]
         argv += ["--silent-node-seconds", str(silent), "--no-python", "bash", "-c", rank]
@@ -105,16 +106,22 @@ def test_a_node_whose_rank_fails_ends_the_other(failing: int, tmp_path: Path) ->
     assert not is_alive(tmp_path, 1 - failing)
 
 
-def test_a_signal_after_the_ranks_have_failed_does_not_hide_their_code(tmp_path: Path) -> None:
+def test_a_signal_does_not_hide_the_code_of_ranks_that_fail(tmp_path: Path) -> None:
     # As srun's, which ends all nodes with the first that fails.
     fails = "echo $BASHPID >rank$RANK.pid; sleep 5; exit 9"
-    with launchers(tmp_path, fails, WAITS) as started:
-        wait_for_ranks(tmp_path)
+    knows_why = """
+        trap '[[ $LOCAL_RANK != 0 ]] || exit 2' TERM
+        echo $BASHPID >rank$RANK.pid
+        while :; do sleep 0.1; done
+    """
+    with launchers(tmp_path, fails, knows_why, per_node=(1, 2)) as started:
+        wait_for_ranks(tmp_path, ranks=3)
         while is_alive(tmp_path, 0):
             time.sleep(0.05)
         time.sleep(1)  # node 0 now waits for what node 1 has to say
-        os.kill(started[0].process.pid, signal.SIGTERM)
-        assert started[0].end() == (9, [])
+        for launcher in started:
+            os.kill(launcher.process.pid, signal.SIGTERM)
+        assert [launcher.end() for launcher in started] == [(9, []), (2, [])]
 
 
 @pytest.mark.parametrize(
