@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -178,35 +179,47 @@ class KillBeforeTheTrackerFile:
 
 
 def kill_writers() -> None:
-    """On rank 1 SIGKILL takes the writer before the second save, and the next one in its second."""
+    """On rank 1 SIGKILL takes the writer between two saves, and the next one in its second."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training import async_utils, training
 
     if os.environ["RANK"] != "1":
         return
-    stock, calls = filesystem_async.get_write_results_queue, 0
+    finalize = training.maybe_finalize_async_save
 
-    def get_write_results_queue(mp_mode: str = "spawn") -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # two at the start, and one for each save
+    @functools.wraps(finalize)
+    def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        left = async_utils._async_calls_queue.get_num_unfinalized_calls()
+        if _saves and not left and not _killed:
+            _killed.append(True)
             PersistentAsyncCaller._persistent_process.kill()
             PersistentAsyncCaller._persistent_process.join()
-        return stock(mp_mode)
 
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    training.maybe_finalize_async_save = maybe_finalize_async_save
+    schedule = PersistentAsyncCaller.schedule_async_call
+
+    @functools.wraps(schedule)
+    def schedule_async_call(self: Any, async_req: Any) -> None:
+        _saves.append(async_req.call_idx)
+        schedule(self, async_req)
+
+    PersistentAsyncCaller.schedule_async_call = schedule_async_call
     writer = filesystem_async.FileSystemWriterAsync
     _write.append(writer.write_preloaded_data_multithread)
     writer.write_preloaded_data_multithread = staticmethod(write_once)
 
 
+_saves: list[int] = []
+_killed: list[bool] = []
 _write: list[Callable[..., None]] = []
 _written: list[tuple[object, ...]] = []
 
 
 def write_once(*args: object) -> None:
-    """As Megatron's, in the writer, which dies in its second call."""
-    if _written:
+    """As Megatron's; in the writer that came after a kill, which dies in its second call."""
+    if _killed and _written:
         os.kill(os.getpid(), signal.SIGKILL)
     _written.append(args)
     _write[0](*args)

@@ -100,13 +100,13 @@ def test_a_signal_to_one_rank_saves_at_the_next_step_and_the_run_goes_on(
 
 
 def test_a_writer_that_is_killed_is_replaced_or_ends_the_run(tmp_path: Path) -> None:
-    flags = [*MODEL, "--num-workers", "0", *at(tmp_path / "save", 2), *ASYNC, *ENDLESS]
+    flags = [*MODEL, "--num-workers", "0", *at(tmp_path / "save", 30), *ASYNC, *ENDLESS]
     job = run_job(tmp_path / "job", flags, ranks=2, prepare=faults.kill_writers)
     assert job.exit_codes[1] == 1
     assert "the process that writes checkpoints was killed: here is another" in job.output
     (line,) = [each for each in job.output.splitlines() if each.startswith("error: ")]
     assert f"rank 1 (host {os.uname()[1]}): the process that writes checkpoints died" in line
-    assert tracked(tmp_path / "save") in (2, 4)  # the second save may not have been completed yet
+    assert tracked(tmp_path / "save") >= 30
 
 
 @pytest.mark.parametrize(
