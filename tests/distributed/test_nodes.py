@@ -38,10 +38,10 @@ class Launcher:
         return self.process.exitcode, lines
 
 
-def launch_node(argv: list[str], directory: str) -> None:
+def launch_node(argv: list[str], directory: str, grace: float) -> None:
     """As ``python -m megatron_prores.launch``, in a process that has imported torch already."""
     os.chdir(directory)
-    nodes._GRACE_SECONDS = 4.0
+    nodes._GRACE_SECONDS = grace
     run_program(lambda: launch.main(argv))
 
 
@@ -54,6 +54,7 @@ def launchers(
     wait: int = 60,
     silent: float | str = 60,
     port: int | None = None,
+    grace: float = 4.0,
 ) -> Iterator[list[Launcher]]:
     """Starts a launcher per node, whose ranks, by default one, run a line of shell."""
     port = port or free_port()
@@ -64,7 +65,7 @@ def launchers(
         argv += ["--master-port", str(port), "--rdzv-id", "test", "--rdzv-conf", f"timeout={wait}"]
         argv += ["--silent-node-seconds", str(silent), "--no-python", "bash", "-c", rank]
         log = directory / f"launcher{start}"
-        (process,) = start_ranks(log, launch_node, (argv, str(directory)), ranks=1)
+        (process,) = start_ranks(log, launch_node, (argv, str(directory), grace), ranks=1)
         started.append(Launcher(process, log / "rank0.log"))
     try:
         yield started
@@ -114,7 +115,7 @@ def test_a_signal_does_not_hide_the_code_of_ranks_that_fail(tmp_path: Path) -> N
         echo $BASHPID >rank$RANK.pid
         while :; do sleep 0.1; done
     """
-    with launchers(tmp_path, fails, knows_why, per_node=(1, 2)) as started:
+    with launchers(tmp_path, fails, knows_why, per_node=(1, 2), grace=60) as started:
         wait_for_ranks(tmp_path, ranks=3)
         while is_alive(tmp_path, 0):
             time.sleep(0.05)
