@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_prores.model.hybrid_stack import ProResHybridStack
 from megatron_prores.model.norm import sequence_parallel_norm
-from megatron_prores.model.specs import has_torch_norms, with_local_parts
+from megatron_prores.model.specs import needs_sequence_parallel_norms, with_local_parts
 
 _NO_ATTENTION = {
     "input_layernorm": IdentityOp,
@@ -57,7 +57,7 @@ def _local_stack(config: TransformerConfig, document_masks: bool) -> ModuleSpec:
     layer = partial(_local_layer, config, document_masks)
     dense, moe, latent = layer(), layer(config.num_moe_experts), layer(latent=True)
     backend = LocalSpecProvider()
-    if config.sequence_parallel and has_torch_norms(config):
+    if needs_sequence_parallel_norms(config):
         final_norm = sequence_parallel_norm
     else:
         final_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")

@@ -28,6 +28,7 @@ from megatron_prores.config import ProResConfig
 from megatron_prores.depth import plain_depths
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import hybrid_depths
+from megatron_prores.model.layer import MAMBA_BRANCHES, TRANSFORMER_BRANCHES
 from megatron_prores.model.with_prores import INPUT_NORM_SLOTS
 from megatron_prores.placement import PLACEMENTS
 
@@ -135,15 +136,9 @@ def mark_shards(chunks: list[Any]) -> None:
 
 def _input_norm_weights(layer: Any) -> Iterator[Tensor]:
     """Yield the weights of the norms before the branches, fused into a linear or not."""
-    branches = (
-        [(layer.norm, layer.mixer)]
-        if isinstance(layer, MambaLayer)
-        else [
-            (layer.input_layernorm, layer.self_attention),
-            (layer.pre_mlp_layernorm, layer.mlp),
-        ]
-    )
-    for norm, branch in branches:
+    # Of Megatron's own layers as well: without a schedule LayerNorm scaling needs none of ours.
+    for parts in MAMBA_BRANCHES if isinstance(layer, MambaLayer) else TRANSFORMER_BRANCHES:
+        norm, branch = getattr(layer, parts.input_norm), getattr(layer, parts.module)
         if isinstance(branch, IdentityOp):
             continue  # a layer without it
         fused = (branch, *(getattr(branch, slot, None) for slot in INPUT_NORM_SLOTS))

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused
@@ -89,6 +89,26 @@ class ProResMambaLayerSubmodules(MambaLayerSubmodules):
     """N2 of the branch (sandwich), or N of its sum (post, deepnorm)."""
 
 
+class Branch(NamedTuple):
+    """What a branch of a layer is made of, by the names of the layer's parts."""
+
+    module: str
+    """F."""
+    input_norm: str
+    """The norm before it, where that is not fused into F."""
+    bda: str
+    """What adds it to the residual stream; ``IdentityFuncOp`` in a layer without the branch."""
+    output_norm: str
+    """The norm that a placement may put behind it."""
+
+
+TRANSFORMER_BRANCHES = (
+    Branch("self_attention", "input_layernorm", "self_attn_bda", "post_self_attn_layernorm"),
+    Branch("mlp", "pre_mlp_layernorm", "mlp_bda", "post_mlp_layernorm"),
+)
+MAMBA_BRANCHES = (Branch("mixer", "norm", "mamba_bda", "post_mamba_layernorm"),)
+
+
 class ProResLayerMixin:
     """Scales the residual branches of a Megatron layer by ``alpha``.
 
@@ -104,11 +124,7 @@ class ProResLayerMixin:
     _stock_bda: Callable[[bool, bool], BiasDropoutAdd] | None = None
     """Megatron's bda submodule, the same for all branches."""
 
-    branches: ClassVar[dict[str, str]] = {
-        "self_attn_bda": "post_self_attn_layernorm",
-        "mlp_bda": "post_mlp_layernorm",
-    }
-    """The bias-dropout-add of each branch -> the norm that may stand behind it."""
+    branches: ClassVar[tuple[Branch, ...]] = TRANSFORMER_BRANCHES
 
     def __init__(
         self,
@@ -138,18 +154,20 @@ class ProResLayerMixin:
             "hidden_size": config.hidden_size,
             "eps": config.layernorm_epsilon,
         }
-        for slot in self.branches.values():
-            setattr(self, slot, getattr(submodules, slot)(**norm_arguments))
+        for branch in self.branches:
+            output_norm = getattr(submodules, branch.output_norm)(**norm_arguments)
+            setattr(self, branch.output_norm, output_norm)
 
         self.alpha = torch.ones((), dtype=torch.float32, device=_device_of(self))
         self._alpha_value = 1.0
         # A graph replays the path that it captured: there the scaled one must stay, at 1 as well.
         self._always_scale = config.cuda_graph_impl != "none"
-        for name, slot in self.branches.items():
-            stock = getattr(self, name)
+        for branch in self.branches:
+            stock = getattr(self, branch.bda)
             # A layer without this branch: there is nothing to add, nor to scale.
             if not isinstance(stock, IdentityFuncOp):
-                setattr(self, name, partial(self._get_bda, stock, getattr(self, slot)))
+                norm = getattr(self, branch.output_norm)
+                setattr(self, branch.bda, partial(self._get_bda, stock, norm))
                 self._stock_bda = stock
         if not self.placement.is_stock:
             # Megatron enables gradients around every bda, even in an evaluation and in the first
@@ -311,10 +329,10 @@ class ProResMLPLayer(ProResLayerMixin, MLPLayer):
 class ProResMambaLayer(ProResLayerMixin, MambaLayer):
     """A hybrid model's Mamba layer, with ProRes."""
 
-    branches: ClassVar[dict[str, str]] = {"mamba_bda": "post_mamba_layernorm"}
+    branches: ClassVar[tuple[Branch, ...]] = MAMBA_BRANCHES
 
 
-PRORES_LAYERS: dict[type, type] = {
+PRORES_LAYERS: dict[type, type[ProResLayerMixin]] = {
     TransformerLayer: ProResTransformerLayer,
     MoETransformerLayer: ProResMoETransformerLayer,
     MLPLayer: ProResMLPLayer,

@@ -51,7 +51,7 @@ def prores_layer_spec(
     """
     spec = default_layer_spec(config, vp_stage)
     transformer = config.transformer
-    if transformer.sequence_parallel and has_torch_norms(transformer):
+    if needs_sequence_parallel_norms(transformer):
         # Upstream picks the final norm by what is installed; only a block spec can name it.
         if isinstance(spec, ModuleSpec):
             layers = [spec] * get_num_layers_to_build(transformer, vp_stage)
@@ -68,16 +68,16 @@ def with_local_parts[S: Spec](spec: S, config: TransformerConfig, document_masks
         config: Of the model.
         document_masks: Whether attention masks keep documents apart.
     """
-    if config.sequence_parallel and has_torch_norms(config):
+    if needs_sequence_parallel_norms(config):
         spec = _for_each_layer(spec, _with_sequence_parallel_norms)
     if config.attention_backend in FUSED_BACKENDS:
         spec = _for_each_layer(spec, partial(_with_fused_attention, document_masks))
     return spec
 
 
-def has_torch_norms(config: TransformerConfig) -> bool:
-    """Return whether Megatron takes torch's norms, which refuse sequence parallelism."""
-    if config.transformer_impl != "local":
+def needs_sequence_parallel_norms(config: TransformerConfig) -> bool:
+    """Return whether Megatron takes torch's norms, which refuse sequence parallelism, for it."""
+    if not config.sequence_parallel or config.transformer_impl != "local":
         return False
     rms_norm = config.normalization == "RMSNorm"
     return LocalSpecProvider().layer_norm(rms_norm=rms_norm) is WrappedTorchNorm

@@ -25,6 +25,7 @@ from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import ProResHybridStack
 from megatron_prores.model.layer import (
     PRORES_LAYERS,
+    Branch,
     ProResLayerSubmodules,
     ProResMambaLayerSubmodules,
 )
@@ -39,13 +40,6 @@ _DUPLICATED = ("linear_qkv_down_proj",)
 
 # A norm that is fused into these normalizes the latents of latent attention: it is a part of F.
 _INNER_NORM_SLOTS = ("linear_q_up_proj", "linear_kv_up_proj")
-
-# A branch, the norm before it, its bias-dropout-add, and the norm behind it.
-_TRANSFORMER_BRANCHES = (
-    ("self_attention", "input_layernorm", "self_attn_bda", "post_self_attn_layernorm"),
-    ("mlp", "pre_mlp_layernorm", "mlp_bda", "post_mlp_layernorm"),
-)
-_MAMBA_BRANCHES = (("mixer", "norm", "mamba_bda", "post_mamba_layernorm"),)
 
 _LAYERS_OF_SYMBOLS = {
     "M": "mamba_layer",
@@ -128,9 +122,8 @@ def _prores_layer(
             f"{', '.join(stock.__name__ for stock in PRORES_LAYERS)}",
         )
     stock = layer.submodules
-    is_mamba = isinstance(stock, MambaLayerSubmodules)
-    branches = _MAMBA_BRANCHES if is_mamba else _TRANSFORMER_BRANCHES
-    for name, *_ in branches:
+    branches = PRORES_LAYERS[module].branches
+    for name in (branch.module for branch in branches):
         places = _find_module(getattr(stock, name), InferenceRowParallelLinear, name)
         if place := next(places, None):
             raise ArgumentError(
@@ -141,14 +134,15 @@ def _prores_layer(
     backend = TESpecProvider()
     parts = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
     if not placement.norm_input:
-        for name, norm, *_ in branches:
-            parts[norm] = IdentityOp
+        for name, input_norm, *_ in branches:
+            parts[input_norm] = IdentityOp
             parts[name] = _without_input_norm(parts[name], name, backend, norm_placement)
     if not placement.is_stock:
         # A branch that a layer does not have has nothing to norm.
-        for *_, bda, slot in branches:
-            if parts[bda] is not IdentityFuncOp:
-                parts[slot] = _norm_of(stock, branches, backend)
+        for branch in branches:
+            if parts[branch.bda] is not IdentityFuncOp:
+                parts[branch.output_norm] = _norm_of(stock, branches, backend)
+    is_mamba = isinstance(stock, MambaLayerSubmodules)
     ours = ProResMambaLayerSubmodules if is_mamba else ProResLayerSubmodules
     depth = {} if depths is None else {"depths": depths}
     return dataclasses.replace(
@@ -160,20 +154,22 @@ def _prores_layer(
 
 
 def _norm_of(
-    stock: Any, branches: tuple[tuple[str, ...], ...], backend: BackendSpecProvider
+    stock: Any, branches: tuple[Branch, ...], backend: BackendSpecProvider
 ) -> LayerNormBuilder:
     """Return the class of the norms before the branches of a stock layer.
 
     Args:
         stock: The layer's submodules.
-        branches: The names of its parts.
+        branches: Its branches.
         backend: Transformer Engine's.
     """
-    norms = [getattr(stock, norm) for _, norm, *_ in branches]
+    norms = [getattr(stock, branch.input_norm) for branch in branches]
     norm = next((each for each in norms if each is not IdentityOp), None)
     fused = backend.column_parallel_layer_norm_linear()
     is_fused = any(
-        True for name, *_ in branches for _ in _find_module(getattr(stock, name), fused, name)
+        True
+        for name in (branch.module for branch in branches)
+        for _ in _find_module(getattr(stock, name), fused, name)
     )
     # Upstream's adapter of the norm, where it may fuse the residual addition into it: ours stands
     # where nothing is left to add.

@@ -150,9 +150,9 @@ def inspect_hybrid_specs(directory: str) -> None:
                 "layer": layer.module.__name__,
                 "depths": layer.params["depths"],
                 "behind": [
-                    parts[name].__name__
-                    for bda, name in layer.module.branches.items()
-                    if parts[bda].__name__ != "IdentityFuncOp"
+                    parts[branch.output_norm].__name__
+                    for branch in layer.module.branches
+                    if parts[branch.bda].__name__ != "IdentityFuncOp"
                 ],
                 "before": [
                     name
