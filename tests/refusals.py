@@ -245,6 +245,8 @@ def _exit_code(program: str, argv: list[str]) -> Any:
 @contextlib.contextmanager
 def _as_new(environment: dict[str, str], cwd: str) -> Iterator[None]:
     """Takes back afterwards what a program sets in its process before it trains."""
+    import torch
+    from megatron.core import parallel_state
     from megatron.training import global_vars
 
     from megatron_prores.upstream.registry import undone_afterwards
@@ -257,6 +259,9 @@ def _as_new(environment: dict[str, str], cwd: str) -> Iterator[None]:
             yield
     finally:
         global_vars.unset_global_variables()
+        if torch.distributed.is_initialized():  # a refusal of --save comes after it
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os.environ.clear()

@@ -253,7 +253,7 @@ def parse_args(
         prores.load()
     check_flags(args, prores, target)
     check_files(args, target)
-    saved_run.check_agreement(args, prores, saved, target)
+    saved_run.check_agreement(args, prores, saved)
     datasets = [] if args.mock_data else data_prefixes(args)
     try:
         with setup_checks.around_setup(prores, datasets, saved, upstream_words, target):

@@ -72,10 +72,11 @@ def check_directories(args: Any, target: TargetEnvironment) -> None:
 
 
 def check_checkpoint_is_there(args: Any, target: TargetEnvironment) -> None:
-    """Refuse a run that needs a checkpoint and has none: upstream ends it with exit code 0.
+    """Refuse a run that needs a checkpoint and has none.
 
-    Without ``--exit-on-missing-checkpoint`` and ``--finetune``, a ``--load`` that is empty yet is
-    how the first of a chain of runs starts.
+    Upstream ends it with exit code 0, or evaluates a model that nobody has trained. Without
+    ``--exit-on-missing-checkpoint`` and ``--finetune``, a ``--load`` that is empty yet is how the
+    first of a chain of runs starts.
 
     Args:
         args: Parsed, not yet validated by Megatron.
@@ -91,17 +92,18 @@ def check_checkpoint_is_there(args: Any, target: TargetEnvironment) -> None:
         if path and os.path.lexists(path) and not os.path.isdir(path):
             raise UserError(f"{flag} {path}: not a directory")
     given = [path for path in (args.load, args.pretrained_checkpoint) if path]
-    if any("://" in path or is_there(Path(path)) for path in given) or args.ckpt_step:
+    if any("://" in path or args.ckpt_step or is_there(Path(path)) for path in given):
         return
     for flag, wanted in (
         ("--exit-on-missing-checkpoint", args.exit_on_missing_checkpoint),
         ("--finetune", args.finetune),
         ("--pretrained-checkpoint", bool(args.pretrained_checkpoint)),
+        ("--skip-train", args.skip_train),
     ):
         if wanted and (elsewhere := [path for path in given if target.is_elsewhere(path)]):
             target.note(f"{', '.join(elsewhere)}: not here; no checkpoint was looked at")
         elif wanted:
-            where = f"--load {args.load}" if args.load else f"--pretrained-checkpoint {given[-1:]}"
-            if not given:
-                where = "--load is not given"
+            where = "--load is not given"
+            if given:
+                where = f"{'--load' if args.load else '--pretrained-checkpoint'} {given[0]}"
             raise UserError(f"{where}: no checkpoint is there, and {flag} needs one")

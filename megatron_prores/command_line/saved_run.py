@@ -20,7 +20,6 @@ from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.config import OFF, ProResConfig
 from megatron_prores.depth import total_depth
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.flags import FLAGS
 from megatron_prores.schedule.custom import FILE, is_custom
@@ -149,19 +148,13 @@ def restore_flags(args: Any, saved: SavedRun | None, explicit: set[str]) -> dict
     return restored
 
 
-def check_agreement(
-    args: Any,
-    prores: ProResConfig,
-    saved: SavedRun | None,
-    target: TargetEnvironment = THIS_MACHINE,
-) -> None:
+def check_agreement(args: Any, prores: ProResConfig, saved: SavedRun | None) -> None:
     """Refuse to load a checkpoint that this run's warmup does not continue.
 
     Args:
         args: Parsed, not yet validated by Megatron.
         prores: The ProRes configuration of this run.
         saved: The checkpoint to load, or None.
-        target: The machine of the run.
 
     Raises:
         UserError: Names every setting that differs, both values, and the flag that overrides.
@@ -181,7 +174,6 @@ def check_agreement(
     if args.prores_restart and not starts_at_zero:
         raise UserError("--prores-restart is for --finetune: this run goes on where it stopped")
     if saved is None:
-        _check_evaluation(args, target)
         return
     if not starts_at_zero:
         _check_learning_rate(args, saved)
@@ -201,20 +193,6 @@ def check_agreement(
             "Give the same, or --prores-override-checkpoint to go on with those of this command "
             "line"
         )
-
-
-def _check_evaluation(args: Any, target: TargetEnvironment) -> None:
-    """Refuse to evaluate a model that nobody has trained, as Megatron does without a word."""
-    given = [root for root in (args.load, args.pretrained_checkpoint) if root is not None]
-    if not args.skip_train or any(
-        root.startswith(REMOTE)
-        or target.is_elsewhere(root)
-        or to_load(Path(root), args.ckpt_step) is not None
-        for root in given
-    ):
-        return
-    where = f"there is no checkpoint in {' or '.join(given)}" if given else "--load is missing"
-    raise UserError(f"--skip-train evaluates a trained model, and {where}")
 
 
 def _shown(value: object) -> object:

@@ -72,7 +72,7 @@ def watch_writers() -> None:
         queue = filesystem_async._results_queue
         if queue is not None and not queue._manager._process.is_alive():
             print("> the process that collects what a save has written was killed: here is another")
-            filesystem_async._results_queue = None
+            replace(filesystem_async, purpose, _results_queue=None)  # the next call makes one
         return stock(mp_mode="fork")
 
     def schedule_async_call(stock: Callable[[], None], named: dict[str, Any]) -> None:

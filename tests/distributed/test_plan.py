@@ -173,6 +173,7 @@ NOTES = {
     "unknown optimizer": "emerging_optimizers",
     "no directory of checkpoints, and one is wanted": "/nowhere/saved: not here",
     "no checkpoint to finetune": "/nowhere/saved: not here",
+    "no checkpoint to evaluate": "/nowhere/saved: not here",
 }
 
 # Refused by what only a run does: taking hold of --save.
@@ -181,7 +182,7 @@ _AT_RUN_TIME = ("save where nothing can be written",)
 
 def is_about_flags(row: Row) -> bool:
     """Leaves out the launcher's environment, which the planner makes, and stored checkpoints."""
-    stored = ("{w}/saved ", "{w}/astray", "{w}/babble", "{w}/cut_saved")
+    stored = ("{w}/saved ", "{w}/astray", "{w}/babble", "{w}/cut_saved", "{w}/old")
     return (
         row.program == MAIN
         and not row.environment.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"}

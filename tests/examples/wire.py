@@ -51,6 +51,7 @@ class Wire:
         """Of packets from namespace 0, and of those from namespace 1."""
         self._stop = threading.Event()
         self._ends: list[int] = []
+        self._carrier = threading.Thread(target=self._carry, daemon=True)
 
     def connect(self) -> None:
         """Make namespaces and devices, and carry packets.
@@ -64,12 +65,13 @@ class Wire:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "wire", "up", "mtu", "1400")
-        self._carrier = threading.Thread(target=self._carry, daemon=True)
         self._carrier.start()
 
     def disconnect(self) -> None:
         """Take away all that was made."""
         self._stop.set()
+        if self._carrier.is_alive():
+            self._carrier.join()
         for end in self._ends:
             os.close(end)
         for name in self.names:

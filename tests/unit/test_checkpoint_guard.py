@@ -39,8 +39,8 @@ def root(tmp_path: Path) -> Path:
 
 def flags(root: Path, **more: Any) -> Namespace:
     """A command line that loads from a directory."""
-    given = {"load": str(root), "pretrained_checkpoint": None, "save": None, "ckpt_step": None}
-    return Namespace(**{**given, **more})
+    absent = ("pretrained_checkpoint", "save", "ckpt_step", "hybrid_layer_pattern")
+    return Namespace(**{**dict.fromkeys(absent), "load": str(root), **more})
 
 
 def test_run_restores_no_code_from_a_checkpoint(tmp_path: Path) -> None:
