@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -63,17 +64,23 @@ _flag_help: dict[type, dict[str, str]] = {}
 """Class of Megatron's configuration -> the help of its flags, once it was read."""
 
 
+_BARE = re.compile(r"%(?![(%])")
+
+
 def read_flag_help_once() -> None:
     """Read the help of Megatron's flags from its sources once, not for each of a run's parsers.
 
     There are four of these: the checkpoint's flags, and ours, are read beside those of the run.
+    A bare percent sign in one, which argparse takes for the start of a format, would end ``--help``
+    with a traceback: it is doubled.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     def field_docstrings(stock: Callable[[], dict[str, str]], named: dict[str, Any]) -> Any:
         config_class = named["src_cfg_class"]
         if config_class not in _flag_help:
-            _flag_help[config_class] = stock()
+            helps = stock()
+            _flag_help[config_class] = {name: _BARE.sub("%%", helps[name]) for name in helps}
         return dict(_flag_help[config_class])
 
     name = "_get_field_docstrings"
