@@ -110,7 +110,12 @@ def print_error(message: str, print_on_each_node: bool = True) -> None:
         print_on_each_node: Whether the first rank of each node prints it, or only rank 0.
     """
     if _number("LOCAL_RANK" if print_on_each_node else "RANK") == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print_own_error(message)
+
+
+def print_own_error(message: str) -> None:
+    """Print an error that this process alone knows, whichever rank it is."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _number(variable: str) -> int:

@@ -7,9 +7,11 @@ checkpoints. They would train on with nobody waiting for them, and hold the lock
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -22,6 +24,22 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or _name(os.getppid()) == "slurmstepd":
         _end_with_parent(os.getppid())
+
+
+def end_with_parent() -> None:
+    """End this process of ``multiprocessing`` when the one that asked for it dies.
+
+    That may be another than the kernel's parent, which can be a fork server. What is killed
+    outright leaves its workers waiting for ever.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def end_children_with_parent() -> None:

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import pickle
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from megatron_prores.checkpoint.reader import (
 from megatron_prores.checkpoint.saving import REMOTE, cause_of
 from megatron_prores.checkpoint.verify import newest_intact, surface_damage
 from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
-from megatron_prores.errors import UserError
+from megatron_prores.errors import UserError, print_own_error
 from megatron_prores.upstream.registry import wrap
 
 _SLOWEST_READ = 100e6
@@ -207,7 +206,7 @@ def _load(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
         message = f"{flag}: {directory.name} cannot be read: {safe_load.describe(cause)}"
         if _rank() != 0:
             # Perhaps only here; errors of other ranks are else not shown.
-            print(f"error: rank {_rank()}: {message}", file=sys.stderr, flush=True)
+            print_own_error(f"rank {_rank()}: {message}")
         raise UserError(message) from error
 
 

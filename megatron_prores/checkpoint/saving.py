@@ -18,7 +18,7 @@ from megatron_prores.checkpoint.manifest import DamagedError, Manifest
 from megatron_prores.checkpoint.newest import newest
 from megatron_prores.checkpoint.reader import FORMAT
 from megatron_prores.checkpoint.verify import newest_intact
-from megatron_prores.errors import StopRun
+from megatron_prores.errors import StopRun, print_own_error
 from megatron_prores.files import sync
 
 REMOTE = "msc://"
@@ -165,7 +165,7 @@ def report_failure(stock: Callable[..., Any], named: dict[str, Any]) -> Any:
             message += f". {_kept(Path(root))}"
         elif not together:
             # Only this rank knows, and only the first one's words are shown.
-            print(f"error: rank {rank}: {message}", file=sys.stderr, flush=True)
+            print_own_error(f"rank {rank}: {message}")
         raise StopRun(message) from error
 
 

@@ -17,7 +17,7 @@ from megatron_prores.data.indexed import ENDINGS, DatasetWriter, with_suffix
 from megatron_prores.data.sources import Source, find_sources
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.plot import check_picture, save_figure
 
 _MADE_ALIKE = ("a tokenizer of sha256", "a vocabulary of", "end-of-document id")
 """Settings that datasets must share to be joined."""
@@ -190,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens = sum(verify(each, args.vocab_size, args.eod) for each in sources)
             print(f"{len(sources)} datasets, {tokens} tokens: whole")
         case "stats":
-            if args.picture is not None and args.picture.suffix != ".png":
-                raise UserError(f"--picture {args.picture}: must end with .png")
+            if args.picture is not None:
+                check_picture(args.picture, "--picture")
             print(stats(find_sources(args.datasets, args.key), args.picture))
         case "split":
             if not 0 < args.fraction < 1:
@@ -245,8 +245,7 @@ def _draw(lengths: Any, picture: Path) -> None:
     axes = figure.subplots()
     axes.hist(lengths, np.geomspace(max(1, lengths.min()), lengths.max() + 1, 60).tolist())
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
-    with atomic_write(picture, "wb") as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, picture, "--picture")
 
 
 def _parser() -> argparse.ArgumentParser:

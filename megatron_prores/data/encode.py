@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +16,7 @@ import numpy.typing as npt
 from megatron_prores.data.inputs import BrokenLineError, Chunk, texts_of
 from megatron_prores.data.text_tokenizer import TextTokenizer
 from megatron_prores.errors import UserError
+from megatron_prores.processes import end_with_parent
 
 _CHUNKS_PER_WORKER = 4
 """Chunks read ahead: enough that no worker waits, few enough that memory stays small."""
@@ -51,6 +50,11 @@ class EncodedChunk:
     """Lines and texts that made no document, by reason."""
     problems: list[str] = field(default_factory=list)
     """Broken lines, each with its file, line number and reason."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all keys."""
+        return sum(texts.count for texts in self.texts.values())
 
 
 @dataclass(frozen=True)
@@ -189,15 +193,7 @@ def start_worker(encoder: Encoder) -> None:
     # A terminal's Ctrl-C reaches every process; the parent alone decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End a worker whose parent was killed outright; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _encode(chunk: Chunk) -> EncodedChunk:

@@ -21,7 +21,7 @@ from megatron_prores.data.inputs import STDIN, Chunk, Input, disk_size
 from megatron_prores.data.output import Output, Problems
 from megatron_prores.data.progress import Progress
 from megatron_prores.data.readers import read_chunks
-from megatron_prores.data.shards import Part, Shards
+from megatron_prores.data.shards import Part, Shards, input_name, part_name
 from megatron_prores.data.staging import BusyError, staging_directory, staging_path
 from megatron_prores.errors import UserError
 from megatron_prores.files import atomic_write
@@ -82,27 +82,26 @@ class Job:
         return True
 
     def _output(self, number: int) -> Path:
-        return self.shards.directory / f"{number:05d}"
+        return self.shards.directory / input_name(number)
 
     def _write(
         self, number: int, part: int, line: int, results: Any, staging: Path, tell: Any
     ) -> None:
         problems = Problems(self.encoder.stop_at_problem, tell.message)
         first = line
-        name = f"{number:05d}-{part:04d}"
+        name = part_name(number, part)
         output = Output(staging, self.shards.directory / name, self.encoder)
         for result in results:
             tokens = output.summary.tokens.total()
             if self.tokens_per_shard is not None and tokens >= self.tokens_per_shard:
                 self._publish(number, name, output, first, line, last=False)
                 part, first = part + 1, line
-                name = f"{number:05d}-{part:04d}"
+                name = part_name(number, part)
                 output = Output(staging, self.shards.directory / name, self.encoder)
             problems.report(result.problems)
             output.add(result)
             line = result.next_line
-            tell(result.documents, sum(each.count for each in result.texts.values()),
-                 result.text_bytes, result.disk_bytes)  # fmt: skip
+            tell(result.documents, result.tokens, result.text_bytes, result.disk_bytes)
         self._publish(number, name, output, first, line, last=True)
 
     def _publish(
@@ -145,9 +144,12 @@ def make_shards(
     size = disk_size([job.inputs[number] for number in missing])
 
     def numbers() -> Iterator[int]:
+        tokens, counted = 0, 0  # of the first inputs that are finished, up to one that is not
         for number in missing:
-            have = (sum(part.tokens.values()) for part in job.shards.finished())
-            if stop_after is not None and sum(have) >= stop_after:
+            while stop_after is not None and counted <= number and job.shards.is_finished(counted):
+                tokens += sum(sum(part.tokens.values()) for part in job.shards.parts(counted))
+                counted += 1
+            if stop_after is not None and tokens >= stop_after:
                 return
             yield number
 

@@ -68,8 +68,7 @@ def preprocess(
                 for result in results:
                     problems.report(result.problems)
                     output.add(result)
-                    tokens = sum(texts.count for texts in result.texts.values())
-                    progress(result.documents, tokens, result.text_bytes, result.disk_bytes)
+                    progress(result.documents, result.tokens, result.text_bytes, result.disk_bytes)
                     if stop_after is not None and summary.tokens.total() >= stop_after:
                         break
             _require_tokens(inputs, encoder.keys, summary)

@@ -26,6 +26,16 @@ from megatron_prores.files import atomic_write
 PLAN = "shards.json"
 
 
+def input_name(number: int) -> str:
+    """Return how the files of an input's shards begin."""
+    return f"{number:05d}"
+
+
+def part_name(number: int, part: int) -> str:
+    """Return the name of a shard."""
+    return f"{input_name(number)}-{part:04d}"
+
+
 @dataclass(frozen=True)
 class Part:
     """One finished shard."""
@@ -84,7 +94,7 @@ class Shards:
         """List the finished parts of an input, without a gap, from its first."""
         found: list[Part] = []
         while not (found and found[-1].last):
-            name = f"{number:05d}-{len(found):04d}"
+            name = part_name(number, len(found))
             try:
                 part = Part(**json.loads((self.directory / f"{name}.json").read_text()))
             except FileNotFoundError:

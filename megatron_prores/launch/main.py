@@ -27,7 +27,7 @@ from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_prores.errors import EXIT_INTERRUPTED, Parser, UserError
+from megatron_prores.errors import EXIT_INTERRUPTED, Parser, UserError, print_own_error
 from megatron_prores.launch.network import interface_to
 from megatron_prores.launch.nodes import Job, Nodes
 from megatron_prores.upstream.elastic_agent import Ranks
@@ -110,12 +110,12 @@ def _run(argv: Sequence[str], ranks: Ranks, nodes: Nodes | None) -> int:
         if first.exitcode not in _EXPECTED:
             print(failure, file=sys.stderr)
             if nodes is not None and (words := nodes.explain_failure(code)):
-                print(f"error: {words}", file=sys.stderr, flush=True)
+                print_own_error(words)
         return code
     except DistError as error:
         if nodes is None:
             raise
-        print(f"error: {nodes.explain_meeting(error)}", file=sys.stderr, flush=True)
+        print_own_error(nodes.explain_meeting(error))
         return 1
     except SignalException:
         codes = set(ranks.codes)

@@ -23,7 +23,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from megatron_prores.errors import EXIT_INTERRUPTED
+from megatron_prores.errors import EXIT_INTERRUPTED, print_own_error
 
 _HEARTBEAT_SECONDS = 2.0
 
@@ -289,7 +289,7 @@ class Nodes:
         if self._ended.is_set():
             return
         self.code = code
-        print(f"error: {words}", file=sys.stderr, flush=True)
+        print_own_error(words)
         self.end_ranks()
         self.close(code)
         sys.stdout.flush()

@@ -33,18 +33,10 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
         By dataset: ``path``, ``share`` of the training's tokens, ``tokens`` that it has for
         training, and how many ``epochs`` of them are drawn.
     """
-    if args.mock_data:
+    if args.mock_data or (blend := _training_blend(args)) is None:
         return []
-    blend, per_split = get_blend_and_blend_per_split(args)
-    part = 1.0
-    if per_split is not None:
-        blend = per_split[0]
-    elif args.split is not None:
-        part = parse_and_normalize_split(args.split)[0]
-    if blend is None:
-        return []
-    paths, weights = blend
-    have: list[int | None] = [
+    paths, weights, part = blend
+    have = [
         None
         if machine.is_elsewhere(f"{path}.idx")
         else round(part * read_index(f"{path}.idx").tokens)
@@ -53,9 +45,9 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
     if weights is None and len(paths) == 1:
         weights = [1.0]
     if weights is None:  # Megatron draws from each as much as it has.
-        weights = None if None in have else have
+        weights = [each for each in have if each is not None]
     shares: list[float | None] = [None] * len(paths)
-    if weights is not None:
+    if len(weights) == len(paths):
         shares = [each / sum(weights) for each in weights]
     return [
         {
@@ -68,6 +60,18 @@ def drawn(args: argparse.Namespace, tokens: int, machine: TargetEnvironment) -> 
     ]
 
 
+def _training_blend(
+    args: argparse.Namespace,
+) -> tuple[list[str], list[float] | None, float] | None:
+    """Return the paths that training draws from, their weights, and its part of each."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split is not None:
+        blend, part = per_split[0], 1.0
+    else:
+        part = 1.0 if args.split is None else parse_and_normalize_split(args.split)[0]
+    return None if blend is None else (*blend, part)
+
+
 def data_warnings(args: argparse.Namespace, data: Drawn, tokens: int) -> list[str]:
     """Warn of datasets that end before the training does.
 
@@ -76,10 +80,9 @@ def data_warnings(args: argparse.Namespace, data: Drawn, tokens: int) -> list[st
     """
     if len(data) < 2 or any(each["tokens"] is None for each in data):
         return []
-    blend, per_split = get_blend_and_blend_per_split(args)
-    _, weights = blend if per_split is None else per_split[0]
+    blend = _training_blend(args)
     have = sum(each["tokens"] for each in data)
-    if weights is not None or have >= tokens:
+    if blend is None or blend[1] is not None or have >= tokens:
         return []
     return [
         f"the data ends before the training: Megatron reads several datasets without weights once, "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_prores.errors import print_own_error
 from megatron_prores.upstream.registry import wrap
 
 
@@ -67,7 +68,7 @@ def report_different_weights() -> None:
         group = parallel_state.get_data_parallel_group()
         if torch.distributed.get_rank(group) == 0:
             ranks = torch.distributed.get_process_group_ranks(group)
-            _say(
+            print_own_error(
                 f"iteration {get_args().curr_iteration + 1}: the weights of the data-parallel "
                 f"ranks {ranks} differ ('Hash not matching' in their logs names them); the run "
                 "stops"
@@ -81,11 +82,7 @@ def report_different_weights() -> None:
 def _tell(iteration: int, named: dict[str, Any], consequence: str) -> None:
     # The iteration as the log counts it; Megatron's own lines about it say one more.
     rank = torch.distributed.get_rank()
-    _say(
+    print_own_error(
         f"iteration {iteration}, rank {rank} (host {os.uname()[1]}): {named['message']} "
         f"(value {float(named['result'])}); {consequence}"
     )
-
-
-def _say(words: str) -> None:
-    print(f"error: {words}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_prores.checkpoint.saving import REMOTE
-from megatron_prores.errors import EXIT_INTERRUPTED, UserError
+from megatron_prores.errors import EXIT_INTERRUPTED, UserError, print_own_error
 from megatron_prores.training.bad_numbers import report_bad_numbers, report_different_weights
 from megatron_prores.training.save_lock import SaveLock
 from megatron_prores.upstream.async_writer import (
@@ -197,11 +197,9 @@ def installed(args: Any) -> Iterator[None]:
             if not (words := _killed_process(error)):
                 raise
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            print(
-                f"error: rank {rank} (host {os.uname()[1]}): {words}. Out of memory, perhaps: see "
-                "the host's log",
-                file=sys.stderr,
-                flush=True,
+            print_own_error(
+                f"rank {rank} (host {os.uname()[1]}): {words}. Out of memory, perhaps: see the "
+                "host's log"
             )
             sys.exit(1)
 

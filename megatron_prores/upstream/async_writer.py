@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing.connection
-import os
 import signal
 import threading
 import time
@@ -20,15 +19,8 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from megatron_prores.processes import end_children_with_parent
+from megatron_prores.processes import end_children_with_parent, end_with_parent
 from megatron_prores.upstream.registry import replace, stock, wrap
-
-
-def _die_with_training_process() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def writer_loop(*args: Any, **kwargs: Any) -> None:
@@ -38,7 +30,7 @@ def writer_loop(*args: Any, **kwargs: Any) -> None:
     """
     for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
-    threading.Thread(target=_die_with_training_process, daemon=True).start()
+    end_with_parent()
     stock(PersistentAsyncCaller, "async_loop")(*args, **kwargs)
 
 
