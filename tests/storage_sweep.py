@@ -257,7 +257,7 @@ def run_once(work: Path, fault: Fault, more: list[str]) -> str:
     flags = [*RUN, *more, "--pipeline-model-parallel-size", "1", "--train-iters", "6"]
     flags += ["--use-distributed-optimizer", "--save", str(save), "--save-interval", "2"]
     job = run_job(work, flags, ranks=2, prepare=FailLater(fault, save))
-    told = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    told = job.errors
     whole = {i for i, path in reader.iterations(save).items() if verify(path).intact}
     if job.succeeded and reader.tracked(save) == 6 and whole == {2, 4, 6}:
         return "whole"

@@ -44,6 +44,11 @@ class Job:
     def succeeded(self) -> bool:
         return all(code == 0 for code in self.exit_codes)
 
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say why the job ended."""
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
     def events(self) -> Any:
         """Reads what the job wrote for TensorBoard."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

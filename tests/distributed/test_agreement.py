@@ -24,7 +24,7 @@ from tests.distributed.test_layouts import TOLERANCE
 
 
 def last_error(job: Job) -> str:
-    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    (line,) = job.errors
     assert set(job.exit_codes) == {2}
     assert "Traceback" not in job.output
     return line

@@ -48,7 +48,7 @@ def saved(original: Job, tmp_path: Path) -> Path:
 
 def assert_refused(job: Job, *words: str) -> None:
     assert job.exit_codes == [2] * len(job.exit_codes), job.output[-3000:]
-    lines = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    lines = job.errors
     assert len(lines) == 1, job.output[-3000:]
     for word in words:
         assert word in lines[0]
@@ -183,7 +183,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def assert_saving_failed(job: Job, reason: str, last: int) -> None:
     assert job.exit_codes == [1] * len(job.exit_codes), job.output[-3000:]
-    lines = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    lines = job.errors
     assert len(lines) == 1, job.output[-3000:]
     assert "the checkpoint of iteration 4 could not be saved" in lines[0]
     assert reason in lines[0]

@@ -29,10 +29,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def errors(job: Job) -> list[str]:
-    return [line for line in job.output.splitlines() if line.startswith("error: ")]
-
-
 def test_the_log_names_a_slow_rank_and_the_loss_does_not_change(
     undisturbed: Job, tmp_path: Path
 ) -> None:
@@ -64,7 +60,7 @@ def test_nan_in_the_gradient_of_one_rank_is_named_and_its_step_is_not_kept(
     job = run_job(tmp_path / "bad", [*FLAGS, *at(save, 2)], ranks=2, prepare=nan)
     print(job.output[-5000:])
     assert code in job.exit_codes
-    (line,) = errors(job)
+    (line,) = job.errors
     assert line.startswith(f"error: iteration 6, rank 1 (host {os.uname()[1]}): ")
     assert verdict in job.output
     assert tracked(save) == saved
@@ -89,7 +85,7 @@ def test_a_flipped_bit_in_a_copy_of_a_weight_is_found(tmp_path: Path) -> None:
     job = run_job(tmp_path / "job", [*FLAGS, *at(save, 2)], ranks=2, prepare=flips)
     assert 1 in job.exit_codes
     assert "Traceback" not in job.output
-    (line,) = errors(job)
+    (line,) = job.errors
     assert "error: iteration 4: the weights of the data-parallel ranks [0, 1] differ" in line
     assert "[Rank 1] Hash not matching for module.decoder.layers.0.mlp.linear_fc1.weight" in (
         job.output

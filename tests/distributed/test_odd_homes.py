@@ -102,7 +102,7 @@ def works_or_says_why(directory: Path, prepare: Callable[[], None], *words: str)
     if job.succeeded:
         assert verify(directory / "save" / "iter_0000002").intact
         return
-    (line,) = [each for each in job.output.splitlines() if each.startswith("error: ")]
+    (line,) = job.errors
     for word in words:
         assert word in line
 
