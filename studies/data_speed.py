@@ -15,14 +15,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from megatron_prores.errors import Parser, UserError, run_program
+from studies.measured import run_measured
 
-_POLL_SECONDS = 0.1
 _TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 
 
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in range(args.rounds):
         for side, command in sides.items():
             with tempfile.TemporaryDirectory(dir=".") as folder:
-                taken, peak = _measure([*command, f"{folder}/out"])
+                taken, peak, _ = run_measured([*command, f"{folder}/out"])
                 files = (f"{folder}/out_text_document{ending}" for ending in (".bin", ".idx"))
                 written[subprocess.check_output(["sha256sum", *files]).replace(
                     folder.encode(), b"")] = side  # fmt: skip
@@ -92,31 +91,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{side}: {taken:.1f} s, {size / taken:.1f} MB/s, {memory[side]:.0f} MB of memory; "
             f"{taken / best:.2f} times the seconds of this tool"
         )
-
-
-def _measure(command: Sequence[str]) -> tuple[float, float]:
-    """Run a command; return its seconds, and the most memory of all its processes in MB."""
-    start, peak = time.monotonic(), 0.0
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        while process.poll() is None:
-            peak = max(peak, _memory(process.pid))
-            time.sleep(_POLL_SECONDS)
-        if process.returncode:
-            log.seek(0)
-            raise UserError(f"{command[1]} failed: {log.read().decode()[-2000:]}")
-    return time.monotonic() - start, peak / 1e3
-
-
-def _memory(pid: int) -> float:
-    """Return the memory of a process and its descendants in kB; shared pages count once."""
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # It has ended.
-        return 0
-    own = next(float(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return own + sum(_memory(int(child)) for child in children)
 
 
 if __name__ == "__main__":

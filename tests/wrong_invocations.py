@@ -671,6 +671,8 @@ _PREPROCESS = tuple(
     )
 )  # fmt: skip
 
+BYTES = "--input {w}/text.jsonl --tokenizer-type HuggingFaceTokenizer"
+
 _TRAIN_TOKENIZER = tuple(
     Row(f"train tokenizer: {name}", argv, words, "tools/train_tokenizer.py")
     for name, argv, words in (
@@ -685,6 +687,11 @@ _TRAIN_TOKENIZER = tuple(
          ("--vocab-size 9 is too small",)),
         ("vocabulary too large", "--input {w}/text.jsonl --vocab-size 90000 --output t.model",
          ("--vocab-size 90000 is too large",)),
+        ("bytes do not fit", f"{BYTES} --vocab-size 256 --output t", ("at least 257",)),
+        ("text too short for bytes", f"{BYTES} --vocab-size 90000 --output t",
+         ("--vocab-size 90000 is too large",)),
+        ("directory is a file", f"{BYTES} --vocab-size 300 --output {{w}}/alpha.csv",
+         ("--output", "alpha.csv")),
         ("output there already",
          "--input {w}/text.jsonl --vocab-size 300 --output {w}/pieces.model",
          ("pieces.model already exists", "--overwrite")),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a SentencePiece tokenizer from JSONL."""
+"""Trains a SentencePiece or byte-level tokenizer from JSONL."""
 
 import _clone  # noqa: F401
 

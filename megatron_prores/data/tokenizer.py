@@ -1,9 +1,10 @@
-r"""Training a SentencePiece tokenizer that gives every text back exactly as it was.
+r"""Training a tokenizer that gives every text back exactly as it was: SentencePiece or byte-level.
 
 SentencePiece by default trims and folds white space, which ruins code, and writes a space as the
 sign ``▁`` (U+2581), which a text may itself contain. Here nothing is normalised, newline and tab
 are symbols of their own, what the vocabulary lacks is spelled in bytes, and the model escapes ``▁``
-on the way in and restores it on the way out: ``decode(encode(x)) == x`` for every ``x``.
+on the way in and restores it on the way out: ``decode(encode(x)) == x`` for every ``x``. The
+byte-level one is like GPT-2's, in Hugging Face's format: every text is spelled in bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import random
 import re
 import tempfile
@@ -28,7 +30,7 @@ from megatron_prores.data.progress import Progress
 from megatron_prores.data.readers import read_chunks
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import publish
+from megatron_prores.files import atomic_write, publish
 
 # An escape and its inverse, as SentencePiece normalisation rules (hexadecimal code points): ▁ to
 # E000 E001, and E000 (private use, the escape character) to E000 E000: no text is ambiguous.
@@ -40,6 +42,11 @@ _UNESCAPE_RULES = "E000 E001\t2581\nE000 E000\tE000\n"
 _LINE_CHARACTERS = 4096
 _MOST_LINES = 1_000_000
 """Of a longer text an even sample is taken."""
+
+_END_OF_TEXT = "<|endoftext|>"
+"""The special token of the byte-level tokenizer, with GPT-2's name: the end of a document."""
+
+_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END_OF_TEXT}
 
 _THREADS = 16
 """Part of the result: each thread rounds its counts apart. So not the number of cores here."""
@@ -134,6 +141,43 @@ def train_model(texts: Iterable[str], vocab_size: int, most_lines: int = _MOST_L
     return model.SerializeToString(deterministic=True)
 
 
+def train_byte_level(texts: Iterable[str], vocab_size: int) -> str:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        texts: The training texts; counted as they come, so that they may be of any size.
+        vocab_size: Number of token ids, with 0 for the end of a document, and the 256 bytes.
+
+    Returns:
+        The content of ``tokenizer.json``, the same for the same arguments.
+
+    Raises:
+        UserError: The vocabulary is too large or too small for the text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise UserError(
+            f"--vocab-size {vocab_size} is too small: the end of a document and 256 bytes come "
+            f"first; use at least {len(alphabet) + 1}"
+        )
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    built.train_from_iterator(texts, trainer)
+    if (most := built.get_vocab_size()) < vocab_size:
+        raise UserError(_too_large(vocab_size, most))
+    content: str = built.to_str(pretty=True)
+    return content
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command ``tools/train_tokenizer.py``.
 
@@ -141,25 +185,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: An argument or input is not usable.
     """
     parser = Parser(
-        description="Train a SentencePiece tokenizer (--tokenizer-type SentencePieceTokenizer).",
+        description="Train a tokenizer: SentencePiece BPE, or byte-level BPE in the format of "
+        "Hugging Face. The run takes it with the same --tokenizer-type.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     inputs_help = "JSONL files (.jsonl, .gz, .zst), glob patterns, or - for standard input"
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=inputs_help)
     parser.add_argument("--json-key", default="text", help="field that holds the text")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of token ids")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="writes FILE")
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=("SentencePieceTokenizer", "HuggingFaceTokenizer"),
+        default="SentencePieceTokenizer",
+        help="the latter is byte-level",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="the model file to write; of HuggingFaceTokenizer the directory",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     args = parser.parse_args(argv)
     if args.vocab_size < 1:
         raise UserError(f"--vocab-size {args.vocab_size} must be positive")
-    inputs = expand_inputs(args.input)
-    refuse_existing([args.output], args.overwrite)
+    texts = read_texts(expand_inputs(args.input), args.json_key)
+    is_directory = args.tokenizer_type == "HuggingFaceTokenizer"
+    output = args.output / "tokenizer.json" if is_directory else args.output
+    refuse_existing([output], args.overwrite)
     with staging_directory(args.output) as staging:
-        staged = staging / args.output.name
-        staged.write_bytes(train_model(read_texts(inputs, args.json_key), args.vocab_size))
-        publish(staged, args.output)
+        staged = staging / output.name
+        if is_directory:
+            staged.write_text(train_byte_level(texts, args.vocab_size))
+            _make_directory(args.output)
+        else:
+            staged.write_bytes(train_model(texts, args.vocab_size))
+        publish(staged, output)
     print(f"{args.output}: {args.vocab_size} pieces")
+
+
+def _make_directory(output: Path) -> None:
+    try:
+        output.mkdir(exist_ok=True)
+        with atomic_write(output / "tokenizer_config.json") as file:
+            json.dump(_CONFIG, file, indent=1)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write: {error.strerror}") from error
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -183,13 +255,16 @@ def _sample(lines: Iterator[str], most: int) -> list[str]:
     return kept
 
 
+def _too_large(vocab_size: int, most: int) -> str:
+    return f"--vocab-size {vocab_size} is too large for this text; use at most {most}"
+
+
 def _explain(error: Exception, vocab_size: int) -> str:
     """Put a training failure of the library in the user's words."""
     reason = str(error)
     too_large = re.search(r"set it to a value <= (\d+)", reason)
     if too_large:
-        limit = too_large[1]
-        return f"--vocab-size {vocab_size} is too large for this text; use at most {limit}"
+        return _too_large(vocab_size, int(too_large[1]))
     too_small = re.search(rf"{vocab_size} vs (\d+)", reason)
     if too_small:
         return (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megatron_prores.convert.export import export, open_checkpoint
 from megatron_prores.convert.from_hugging_face import megatron_flags, read_config
@@ -27,6 +28,7 @@ from tests.distributed.test_export import (
     logits_of,
     save,
 )
+from tests.unit.preprocess_helpers import read_dataset
 
 EXPERTS = """
     --num-experts 4 --moe-ffn-hidden-size 96 --moe-router-topk 2
@@ -106,6 +108,38 @@ def test_training_goes_on_from_an_import(flags: str, text: Text, tmp_path: Path)
     assert losses == first.scalars("lm loss")
     assert losses[1] != job.scalars("lm loss")[1]
     assert second.alphas_by_step() == first.alphas_by_step()
+
+
+def test_a_byte_level_tokenizer_from_text_to_export(text: Text, tmp_path: Path) -> None:
+    corpus = Path(text.flags[text.flags.index("--train-data-path") + 1]).parent
+    words = ["--tokenizer-type", "HuggingFaceTokenizer"]
+    job = run_ranks(tmp_path / "job", tokenize_in_bytes, (str(corpus), str(tmp_path), words))
+    assert job.succeeded, job.output[-3000:]
+    words += ["--tokenizer-model", str(tmp_path / "bytes")]
+    data = ["--data-path", str(tmp_path / "data_text_document"), "--split", "1,0,0"]
+    model = trained(Text([*words, *data, "--num-workers", "0"], []))
+    root = tmp_path / "saved"
+    run = run_job(tmp_path / "run", [*model, *LINEAR, "--eval-iters", "0", "--save", str(root)])
+    assert run.succeeded, run.output[-3000:]
+    export(open_checkpoint(root), tmp_path / "hf", "fp32")
+    hugging_face = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    kept = read_dataset(tmp_path / "data_text_document")[0]
+    with (corpus / "valid.jsonl").open() as file:
+        document = json.loads(next(file))["text"]
+    assert kept == [*hugging_face(document)["input_ids"], hugging_face.eos_token_id]
+    assert hugging_face.decode(kept[:-1]) == document
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (600, 0)
+
+
+def tokenize_in_bytes(corpus: str, directory: str, words: list[str]) -> None:
+    """Calls the tools where Megatron is imported already."""
+    from megatron_prores.data import preprocess, tokenizer
+
+    given, model = ["--input", f"{corpus}/valid.jsonl"], f"{directory}/bytes"
+    tokenizer.main([*given, "--vocab-size", "600", *words, "--output", model])
+    made = ["--output-prefix", f"{directory}/data", "--append-eod", "--workers", "1"]
+    preprocess.main([*given, *words, "--tokenizer-model", model, *made])
 
 
 KILLED = """

@@ -65,6 +65,7 @@ def flags(directory: Path) -> list[str]:
         *("--train-iters", str(ITERATIONS), *at(directory / "saved", 2)),
         *("--wandb-project", "test", "--wandb-exp-name", "test"),
         *("--log-layer-norms-interval", "2", "--log-spikes", "--skip-step-above-sigmas", "7"),
+        *("--log-throughput", "--peak-tflops", "1"),
     ]
 
 
@@ -106,9 +107,10 @@ def test_a_note_names_the_checkpoint_that_was_just_saved(mode: str, tmp_path: Pa
     assert tracked(tmp_path / "saved") == ITERATIONS
     # What is measured goes to W&B as it does to TensorBoard.
     kept = history(tmp_path / "saved/wandb")
-    measured = [tag for tag in job.tags() if tag.startswith("prores/")]
+    measured = [tag for tag in job.tags() if tag.startswith(("prores/", "throughput_per_gpu/"))]
     assert {tag.split("/")[1] for tag in measured} == {
         *("alpha", "spike_score", "skipped_steps"),
+        *("tokens_per_second", "tflops", "mfu_percent"),
         *FIGURES,
     }
     for tag in measured:

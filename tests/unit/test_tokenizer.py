@@ -110,6 +110,41 @@ def test_the_same_texts_give_the_same_file_whatever_their_packing(tmp_path: Path
     assert not [*cwd.iterdir(), *scratch.iterdir()]
 
 
+def test_a_byte_level_tokenizer_gives_every_text_back_and_is_megatrons(tmp_path: Path) -> None:
+    lines = jsonl(TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    command = ["--input", "a.jsonl", "--vocab-size", 600, "--tokenizer-type"]
+    command += ["HuggingFaceTokenizer", "--output"]
+    for name in ("first", "second"):
+        result = run_tool(tmp_path, *command, tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    made = [sorted((tmp_path / name).iterdir()) for name in ("first", "second")]
+    assert [path.name for path in made[0]] == ["tokenizer.json", "tokenizer_config.json"]
+    assert [path.read_bytes() for path in made[0]] == [path.read_bytes() for path in made[1]]
+    again = run_tool(tmp_path, *command, tmp_path / "first")
+    assert again.returncode == 2
+    assert "tokenizer.json already exists" in again.stderr
+    parser = argparse.ArgumentParser()
+    megatron_tokenizer.add_tokenizer_arguments(parser)
+    args = [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(tmp_path / "first"),
+    ]
+    built: Any = megatron_tokenizer.build_megatron_tokenizer(parser.parse_args(args))
+    assert built.vocab_size == 600
+    assert built.eod == 0
+    for text in [*AWKWARD, *TEXTS]:
+        ids = built.tokenize(text)
+        assert 0 not in ids
+        assert built.detokenize(ids) == text
+    assert len(built.tokenize(TEXTS[0])) < len(TEXTS[0]) / 2
+    for size, word in ((256, "use at least 257"), (600, "use at most ")):
+        with pytest.raises(UserError, match=word):
+            tokenizer.train_byte_level(["few words"], size)
+
+
 def test_of_many_lines_an_even_and_fixed_sample_is_taken() -> None:
     letters = string.ascii_lowercase
     text = "\n".join(f"{a}{b}" for a in letters for b in letters for _ in range(10))
