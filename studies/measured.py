@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_prores.errors import UserError
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
 
 
 def run_measured(command: Sequence[str]) -> tuple[float, float, str]:
