@@ -21,6 +21,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import get_tensorboard_writer
 from torch import Tensor
 
 import megatron_prores as prores
@@ -107,3 +108,5 @@ if __name__ == "__main__":
         forward_step,
         model_provider,
     )
+    if writer := get_tensorboard_writer():
+        writer.close()  # Megatron leaves the evaluation after training to a thread of the writer
