@@ -23,7 +23,7 @@ def end_with_launcher() -> None:
     Who starts a run by hand, without one, may leave the shell that it was started from.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or _name(os.getppid()) == "slurmstepd":
-        _end_with_parent(os.getppid())
+        _kill_when_it_dies(os.getppid())
 
 
 def end_with_parent() -> None:
@@ -48,13 +48,13 @@ def end_children_with_parent() -> None:
 
     def in_child() -> None:
         nonlocal parent
-        _end_with_parent(parent)
+        _kill_when_it_dies(parent)
         parent = os.getpid()
 
     os.register_at_fork(after_in_child=in_child)
 
 
-def _end_with_parent(parent: int) -> None:
+def _kill_when_it_dies(parent: int) -> None:
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -33,7 +33,7 @@ SIDES = {
 
 _SAVES = 4
 """Of each run; the first plans what follows, and is left out."""
-_TIMER = re.compile(r"save-checkpoint \.*: \(([\d.]+), ([\d.]+)\)")
+_TIMER = re.compile(r"save-checkpoint \.*: \([\d.]+, ([\d.]+)\)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def _command(args: argparse.Namespace, folder: str) -> list[str]:
 def _saves(command: Sequence[str]) -> tuple[list[float], float]:
     """Return the seconds of the slowest rank at each save but the first, and the memory in MB."""
     _, peak, printed = run_measured(command)
-    taken = [float(slowest) / 1e3 for _, slowest in _TIMER.findall(printed)][1:]
+    taken = [float(slowest) / 1e3 for slowest in _TIMER.findall(printed)][1:]
     if len(taken) < _SAVES - 1:
         raise UserError(f"not {_SAVES} times of saves in the log: {printed[-2000:]}")
     return taken, peak

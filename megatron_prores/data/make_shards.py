@@ -144,12 +144,16 @@ def make_shards(
     size = disk_size([job.inputs[number] for number in missing])
 
     def numbers() -> Iterator[int]:
-        tokens, counted = 0, 0  # of the first inputs that are finished, up to one that is not
+        tokens, whole = 0, 0  # of the first inputs, so many of which are finished
         for number in missing:
-            while stop_after is not None and counted <= number and job.shards.is_finished(counted):
-                tokens += sum(sum(part.tokens.values()) for part in job.shards.parts(counted))
-                counted += 1
-            if stop_after is not None and tokens >= stop_after:
+            have = tokens
+            while stop_after is not None and whole < len(job.inputs):
+                parts = job.shards.parts(whole)
+                have += sum(sum(part.tokens.values()) for part in parts)
+                if not (parts and parts[-1].last):
+                    break
+                tokens, whole = have, whole + 1
+            if stop_after is not None and have >= stop_after:
                 return
             yield number
 

@@ -64,7 +64,7 @@ _flag_help: dict[type, dict[str, str]] = {}
 """Class of Megatron's configuration -> the help of its flags, once it was read."""
 
 
-_BARE = re.compile(r"%(?![(%])")
+_BARE = re.compile(r"(?<!%)%(?![%(])")
 
 
 def read_flag_help_once() -> None:
@@ -79,8 +79,8 @@ def read_flag_help_once() -> None:
     def field_docstrings(stock: Callable[[], dict[str, str]], named: dict[str, Any]) -> Any:
         config_class = named["src_cfg_class"]
         if config_class not in _flag_help:
-            helps = stock()
-            _flag_help[config_class] = {name: _BARE.sub("%%", helps[name]) for name in helps}
+            helps = stock().items()
+            _flag_help[config_class] = {name: _BARE.sub("%%", text) for name, text in helps}
         return dict(_flag_help[config_class])
 
     name = "_get_field_docstrings"
