@@ -15,10 +15,10 @@ PROGRAM_START = time.time()
 
 from megatron_prores.command_line import device  # noqa: E402
 from megatron_prores.command_line.arguments import parse_args, read_prores_flags  # noqa: E402
-from megatron_prores.environment import check_environment, raise_open_files  # noqa: E402
+from megatron_prores.config.flags import told_in_flags  # noqa: E402
 from megatron_prores.errors import run_program  # noqa: E402
-from megatron_prores.flags import told_in_flags  # noqa: E402
-from megatron_prores.processes import end_with_launcher  # noqa: E402
+from megatron_prores.system.environment import check_environment, raise_open_files  # noqa: E402
+from megatron_prores.system.processes import end_with_launcher  # noqa: E402
 
 
 @told_in_flags()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_prores.checkpoint.settings import check_settings
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.placement import PLACEMENTS
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.convert.llama import fold_alphas
     from megatron_prores.model.initial_weights import finish as initialize_weights
     from megatron_prores.model.with_prores import with_prores
-    from megatron_prores.placement import PLACEMENTS
     from megatron_prores.schedule.formulas import SCHEDULES, alphas
     from megatron_prores.warmup.audit import AuditError, audit
     from megatron_prores.warmup.residual_warmup import ResidualWarmup
@@ -37,10 +37,10 @@ __all__ = [
 ]
 
 _PLACES = {
-    "PLACEMENTS": "placement.PLACEMENTS",
+    "PLACEMENTS": "config.placement.PLACEMENTS",
     "SCHEDULES": "schedule.formulas.SCHEDULES",
     "AuditError": "warmup.audit.AuditError",
-    "ProResConfig": "config.ProResConfig",
+    "ProResConfig": "config.prores_config.ProResConfig",
     "ResidualWarmup": "warmup.residual_warmup.ResidualWarmup",
     "alphas": "schedule.formulas.alphas",
     "audit": "warmup.audit.audit",

@@ -16,7 +16,7 @@ def checkpoint() -> None:
 
 def compare() -> None:
     """Run ``prores-compare``: the numbers and curves of runs beside each other."""
-    from megatron_prores.compare.main import main
+    from megatron_prores.runs.compare import main
 
     run_program(main)
 
@@ -79,7 +79,7 @@ def plan() -> None:
 
 def plot() -> None:
     """Run ``prores-plot``: draw a run's losses and the warmup of its layers."""
-    from megatron_prores.plot import main
+    from megatron_prores.runs.plot import main
 
     run_program(main)
 

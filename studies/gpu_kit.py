@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prores.errors import Parser, UserError, run_program
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 from studies.benchmark.machine import commit
 
 REPOSITORY = Path(__file__).parents[1]

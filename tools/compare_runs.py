@@ -3,8 +3,8 @@
 
 import _clone  # noqa: F401
 
-from megatron_prores.compare.main import main
 from megatron_prores.errors import run_program
+from megatron_prores.runs.compare import main
 
 if __name__ == "__main__":
     run_program(main)

@@ -4,7 +4,7 @@
 import _clone  # noqa: F401
 
 from megatron_prores.errors import run_program
-from megatron_prores.plot import main
+from megatron_prores.runs.plot import main
 
 if __name__ == "__main__":
     run_program(main)

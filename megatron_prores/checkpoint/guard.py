@@ -27,8 +27,8 @@ from megatron_prores.checkpoint.reader import (
 )
 from megatron_prores.checkpoint.saving import REMOTE, cause_of
 from megatron_prores.checkpoint.verify import newest_intact, surface_damage
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError, print_own_error
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.upstream.registry import wrap
 
 _SLOWEST_READ = 100e6

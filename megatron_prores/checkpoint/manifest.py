@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 
 NAME = "integrity.json"
 _ALGORITHM = "sha256"

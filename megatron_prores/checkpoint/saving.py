@@ -19,7 +19,7 @@ from megatron_prores.checkpoint.newest import newest
 from megatron_prores.checkpoint.reader import FORMAT
 from megatron_prores.checkpoint.verify import newest_intact
 from megatron_prores.errors import StopRun, print_own_error
-from megatron_prores.files import sync
+from megatron_prores.system.files import sync
 
 REMOTE = "msc://"
 """Megatron's multi-storage paths; not files of this machine, so neither verified nor hashed."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_prores.config import OFF
-from megatron_prores.flags import FLAGS
+from megatron_prores.config.flags import FLAGS
+from megatron_prores.config.prores_config import OFF
 
 type Settings = Mapping[str, str | int]
 

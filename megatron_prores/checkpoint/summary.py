@@ -11,11 +11,11 @@ from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import StoredCheckpoint, is_distributed
 from megatron_prores.checkpoint.settings import by_name
 from megatron_prores.checkpoint.verify import surface_damage
-from megatron_prores.config import OFF
-from megatron_prores.depth import depths_of
+from megatron_prores.config.flags import FLAGS, as_flag, config_of
+from megatron_prores.config.prores_config import OFF
 from megatron_prores.errors import ArgumentError
-from megatron_prores.flags import FLAGS, as_flag, config_of
 from megatron_prores.schedule.custom import FILE, is_custom
+from megatron_prores.schedule.depth import depths_of
 
 _SIZES = {
     "TP": "tensor_model_parallel_size",

@@ -25,7 +25,7 @@ import torch
 from megatron_prores.checkpoint import safe_load
 from megatron_prores.checkpoint.reader import INDEX
 from megatron_prores.checkpoint.saving import REMOTE
-from megatron_prores.environment import is_installed
+from megatron_prores.system.environment import is_installed
 from megatron_prores.upstream.registry import replace, wrap
 
 _SUFFIX = "_extra_state"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from megatron_prores.command_line.document_masks import position_advice
 from megatron_prores.command_line.effects import effect_warnings
 from megatron_prores.command_line.fp8 import fp8_advice
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import depths_of
+from megatron_prores.config.prores_config import ProResConfig
+from megatron_prores.schedule.depth import depths_of
 from megatron_prores.schedule.timeline import Timeline, timeline_of
 
 

@@ -14,17 +14,17 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from megatron_prores.config import (
+from megatron_prores.config.flags import config_of, told_in_flags
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import (
     DEFAULT_WARMUP_ITERS_PER_LAYER,
     OFF,
     ProResConfig,
 )
-from megatron_prores.depth import depths_of, total_depth
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import TRACEBACK, Parser, UserError
-from megatron_prores.flags import config_of, told_in_flags
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.depth import depths_of, total_depth
 from megatron_prores.schedule.formulas import SCHEDULES
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 
 DEVICES = ("cuda", "cpu")
 

@@ -22,10 +22,10 @@ from megatron_prores.command_line.rules import (
     Rule,
 )
 from megatron_prores.command_line.values import check_numbers, check_training
-from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import OFF, ProResConfig
 from megatron_prores.errors import UserError
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 
 
 def check_flags(args: Any, prores: ProResConfig, target: TargetEnvironment = THIS_MACHINE) -> None:

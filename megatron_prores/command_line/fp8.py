@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 
 LONG_HISTORY = 40
 """Micro-batches. The figures follow a restart for this long, so that a history which is not shorter

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prores.command_line.rules import Rule, is_true
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import depths_of
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
+from megatron_prores.schedule.depth import depths_of
 
 FLAG = "--hybrid-layer-pattern"
 

@@ -10,8 +10,8 @@ from megatron_prores.checkpoint.newest import is_there
 from megatron_prores.command_line.values import check_split, flag_of
 from megatron_prores.data.dataset_files import check_dataset, data_prefixes
 from megatron_prores.data.megatron_tokenizer import check_tokenizer_arguments
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 
 
 def check_files(args: Any, target: TargetEnvironment = THIS_MACHINE) -> None:

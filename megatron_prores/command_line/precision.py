@@ -10,8 +10,8 @@ import math
 import os
 from typing import Any
 
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 
 _COLUMNS = {"mxfp8": 32}
 """What the width of a matrix must divide by under a recipe, where it is not 16: the elements that

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 
 PACKAGE = "nvidia-resiliency-ext"
 LEAST = "0.6.0"

@@ -18,11 +18,11 @@ from megatron_prores.checkpoint.reader import FORMAT, StoredCheckpoint
 from megatron_prores.checkpoint.saving import REMOTE
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.command_line.values import flag_of
-from megatron_prores.config import OFF, ProResConfig
-from megatron_prores.depth import total_depth
+from megatron_prores.config.flags import FLAGS
+from megatron_prores.config.prores_config import OFF, ProResConfig
 from megatron_prores.errors import UserError
-from megatron_prores.flags import FLAGS
 from megatron_prores.schedule.custom import FILE, is_custom
+from megatron_prores.schedule.depth import total_depth
 
 _WARMUP_FLAGS = ("prores_warmup_iters", "prores_warmup_iters_per_layer", "prores_warmup_samples")
 

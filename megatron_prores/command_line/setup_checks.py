@@ -16,12 +16,12 @@ from megatron_prores.command_line.conflicts import check_layers
 from megatron_prores.command_line.precision import check_fp8_shapes
 from megatron_prores.command_line.saved_run import SavedRun
 from megatron_prores.command_line.values import check_shapes, flag_of
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.data.dataset_files import check_token_ids
 from megatron_prores.data.megatron_tokenizer import import_tokenizers
-from megatron_prores.depth import is_gpt_pattern, main_layers, total_depth
-from megatron_prores.environment import TargetEnvironment, check_address
 from megatron_prores.errors import UserError
+from megatron_prores.schedule.depth import is_gpt_pattern, main_layers, total_depth
+from megatron_prores.system.environment import TargetEnvironment, check_address
 from megatron_prores.upstream.registry import undone_afterwards, wrap
 
 _MODEL = (

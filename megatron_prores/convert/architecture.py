@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prores.command_line.rules import Rule, is_true
-from megatron_prores.depth import depths_of, is_gpt_pattern
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.errors import UserError
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.depth import depths_of, is_gpt_pattern
 
 OWN_CLASS = "ProResForCausalLM"
 """The class of modeling_prores.py, which is put beside the weights."""

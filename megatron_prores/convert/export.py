@@ -25,14 +25,14 @@ from megatron_prores.checkpoint.reader import (
 from megatron_prores.checkpoint.settings import differences
 from megatron_prores.checkpoint.summary import Warmup, warmup_of
 from megatron_prores.checkpoint.verify import surface_damage
-from megatron_prores.config import OFF
+from megatron_prores.config.flags import FLAGS, config_of, told_in_flags
+from megatron_prores.config.prores_config import OFF
 from megatron_prores.convert import tokenizer as tokenizers
 from megatron_prores.convert.architecture import Architecture, architecture_of
 from megatron_prores.convert.stored_weights import Weight, weights_of
 from megatron_prores.data.staging import staging_directory
-from megatron_prores.depth import depths_of
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.flags import FLAGS, config_of, told_in_flags
+from megatron_prores.schedule.depth import depths_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -26,8 +26,8 @@ from megatron_prores.checkpoint.manifest import Manifest
 from megatron_prores.checkpoint.reader import COMMON, INDEX, OLD_COMMON, TRACKER, StoredCheckpoint
 from megatron_prores.convert.export import find_checkpoint
 from megatron_prores.data.staging import staging_directory
-from megatron_prores.depth import is_gpt_pattern, total_depth
 from megatron_prores.errors import Parser, UserError
+from megatron_prores.schedule.depth import is_gpt_pattern, total_depth
 
 _LAYER = re.compile(r"(?<=decoder\.layers\.)\d+(?=\.)")
 

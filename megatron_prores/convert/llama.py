@@ -16,9 +16,9 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_prores.convert.names import LAYER_ENTRIES, MODEL_ENTRIES, Entry, branch_ends
-from megatron_prores.depth import is_gpt_pattern
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import hybrid_depths
+from megatron_prores.schedule.depth import is_gpt_pattern
 
 
 @torch.no_grad()

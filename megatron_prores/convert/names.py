@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prores.placement import placement_of
+from megatron_prores.config.placement import placement_of
 
 
 def is_of_attention(name: str) -> bool:

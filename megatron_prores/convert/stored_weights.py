@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_prores.checkpoint.manifest import DamagedError
 from megatron_prores.checkpoint.reader import INDEX, StoredCheckpoint
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.convert.architecture import Architecture, key_value_heads
 from megatron_prores.convert.names import LAYER_ENTRIES, is_of_attention
-from megatron_prores.depth import depths_of
 from megatron_prores.errors import UserError
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.depth import depths_of
 
 _LAYERS = "decoder.layers."
 

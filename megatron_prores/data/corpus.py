@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import publish
+from megatron_prores.system.files import publish
 
 _SUFFIXES = frozenset({".py", ".pyi", ".txt", ".rst", ".md"})
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})

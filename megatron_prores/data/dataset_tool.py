@@ -17,7 +17,7 @@ from megatron_prores.data.indexed import ENDINGS, DatasetWriter, with_suffix
 from megatron_prores.data.sources import Source, find_sources
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.plot import check_picture, save_figure
+from megatron_prores.runs.plot import check_picture, save_figure
 
 _MADE_ALIKE = ("a tokenizer of sha256", "a vocabulary of", "end-of-document id")
 """Settings that datasets must share to be joined."""

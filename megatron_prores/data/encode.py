@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megatron_prores.data.inputs import BrokenLineError, Chunk, texts_of
 from megatron_prores.data.text_tokenizer import TextTokenizer
 from megatron_prores.errors import UserError
-from megatron_prores.processes import end_with_parent
+from megatron_prores.system.processes import end_with_parent
 
 _CHUNKS_PER_WORKER = 4
 """Chunks read ahead: enough that no worker waits, few enough that memory stays small."""

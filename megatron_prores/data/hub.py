@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prores.data.inputs import one_line
-from megatron_prores.environment import THIS_MACHINE
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.system.environment import THIS_MACHINE
+from megatron_prores.system.files import atomic_write
 
 OPEN_TOKENIZER = "TinyLlama/TinyLlama_v1.1"
 """Has the pieces of Llama 2's tokenizer, and needs no permission."""

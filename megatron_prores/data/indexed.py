@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_prores.files import publish
+from megatron_prores.system.files import publish
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_prores.environment import THIS_MACHINE
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import THIS_MACHINE
 
 STDIN = "-"
 """The ``--input`` that stands for standard input."""

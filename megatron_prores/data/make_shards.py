@@ -24,7 +24,7 @@ from megatron_prores.data.readers import read_chunks
 from megatron_prores.data.shards import Part, Shards, input_name, part_name
 from megatron_prores.data.staging import BusyError, staging_directory, staging_path
 from megatron_prores.errors import UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 
 _POLL_SECONDS = 0.5
 

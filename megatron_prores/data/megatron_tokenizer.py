@@ -13,8 +13,8 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.upstream.start_up import hidden
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from megatron_prores.data.inputs import STDIN, Chunk, Input, one_line
-from megatron_prores.environment import THIS_MACHINE
+from megatron_prores.system.environment import THIS_MACHINE
 
 CHUNK_BYTES = 1 << 18
 """Text read at once: large against the cost of handing it to a worker, small against its work."""

@@ -21,7 +21,7 @@ from megatron_prores.data.inputs import Input
 from megatron_prores.data.output import Summary, dataset_path
 from megatron_prores.data.staging import staging_directory
 from megatron_prores.errors import UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 
 PLAN = "shards.json"
 

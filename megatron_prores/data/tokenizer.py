@@ -30,7 +30,7 @@ from megatron_prores.data.progress import Progress
 from megatron_prores.data.readers import read_chunks
 from megatron_prores.data.staging import refuse_existing, staging_directory
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import atomic_write, publish
+from megatron_prores.system.files import atomic_write, publish
 
 # An escape and its inverse, as SentencePiece normalisation rules (hexadecimal code points): ▁ to
 # E000 E001, and E000 (private use, the escape character) to E000 E000: no text is ambiguous.

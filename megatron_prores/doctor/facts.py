@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_prores.environment import is_installed
+from megatron_prores.system.environment import is_installed
 
 OK = "ok"
 NOTE = "note"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prores.doctor.facts import MISSING, NOTE, OK, Check, Facts, Finding
-from megatron_prores.environment import is_installed
+from megatron_prores.system.environment import is_installed
 from megatron_prores.upstream.registry import WRITTEN_AGAINST
 
 NEEDED_TORCH = (2, 11)

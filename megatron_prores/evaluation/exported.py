@@ -16,7 +16,7 @@ from megatron_prores.convert.export import (
     export,
 )
 from megatron_prores.errors import UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 
 CACHE = "hugging_face"
 """Directory beside the checkpoints that the exports are kept in."""

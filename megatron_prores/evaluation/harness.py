@@ -23,8 +23,8 @@ from megatron_prores.evaluation.exported import (
     exported,
     load_model,
 )
-from megatron_prores.files import atomic_write
-from megatron_prores.plot import save_figure
+from megatron_prores.runs.plot import save_figure
+from megatron_prores.system.files import atomic_write
 
 TASKS = Path(__file__).with_name("tasks")
 """Task files of this project."""

@@ -20,8 +20,8 @@ from megatron_prores.evaluation.exported import (
     exported,
     load_model,
 )
-from megatron_prores.files import atomic_write
-from megatron_prores.plot import check_picture, save_figure
+from megatron_prores.runs.plot import check_picture, save_figure
+from megatron_prores.system.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

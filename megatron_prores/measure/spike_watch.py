@@ -16,8 +16,8 @@ from megatron.training import get_args
 from megatron.training.utils import print_rank_last
 
 from megatron_prores.errors import StopRun
-from megatron_prores.runs import GRAD_NORM_TAG, TRAIN_TAG
-from megatron_prores.spikes import FEWEST, WINDOW, is_spike
+from megatron_prores.runs.logged import GRAD_NORM_TAG, TRAIN_TAG
+from megatron_prores.runs.spikes import FEWEST, WINDOW, is_spike
 from megatron_prores.upstream.training_loop import StepFigures
 from megatron_prores.warmup.scalars import log_scalars
 

@@ -7,7 +7,7 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
 
 _FLAG = "--heterogeneous-layers-config-path"

@@ -9,7 +9,7 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_prores.depth import Depths, pattern_depths
+from megatron_prores.schedule.depth import Depths, pattern_depths
 
 
 def hybrid_depths(chunk: Any) -> Depths | None:

@@ -24,13 +24,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import plain_depths
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import hybrid_depths
 from megatron_prores.model.layer import MAMBA_BRANCHES, TRANSFORMER_BRANCHES
 from megatron_prores.model.with_prores import INPUT_NORM_SLOTS
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.schedule.depth import plain_depths
 
 TRUNCATED_AT = 3.0
 """Standard deviations at which a truncated normal ends, as in open_lm; the paper does not say. What

@@ -32,8 +32,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megatron_prores.depth import Depths
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.schedule.depth import Depths
 
 BranchOutput = tuple[Tensor, Tensor | None]
 """What a branch hands to its bda: output [s, b, h] and the bias [h] that is still to be added."""

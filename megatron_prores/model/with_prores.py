@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from megatron_prores.depth import Depths, main_layers, pattern_depths
+from megatron_prores.config.placement import placement_of
 from megatron_prores.errors import Argument, ArgumentError
 from megatron_prores.model.hybrid_stack import ProResHybridStack
 from megatron_prores.model.layer import (
@@ -29,7 +29,7 @@ from megatron_prores.model.layer import (
     ProResLayerSubmodules,
     ProResMambaLayerSubmodules,
 )
-from megatron_prores.placement import placement_of
+from megatron_prores.schedule.depth import Depths, main_layers, pattern_depths
 
 INPUT_NORM_SLOTS = ("linear_qkv", "in_proj", "linear_qkv_down_proj", "linear_fc1")
 """The parts of a branch that Transformer Engine's spec may fuse the norm before the branch into: of

@@ -18,8 +18,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_prores.command_line.advice import advice
 from megatron_prores.command_line.arguments import parse_args, upstream_words
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import depths_of, total_depth
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.launch.gpu_flags import Setup, missing
 from megatron_prores.plan.data import data_warnings, drawn, prepare_cache
@@ -36,6 +35,7 @@ from megatron_prores.plan.stages import (
     local_config,
 )
 from megatron_prores.plan.target import PlannedMachine
+from megatron_prores.schedule.depth import depths_of, total_depth
 from megatron_prores.schedule.timeline import Timeline, timeline_of
 from megatron_prores.training.prores_run import model_config
 from megatron_prores.upstream.registry import undone_afterwards

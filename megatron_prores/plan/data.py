@@ -13,9 +13,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_prores.data.dataset_files import data_prefixes
 from megatron_prores.data.indexed import read_index
-from megatron_prores.environment import TargetEnvironment
 from megatron_prores.errors import UserError
-from megatron_prores.plot import size_of
+from megatron_prores.runs.plot import size_of
+from megatron_prores.system.environment import TargetEnvironment
 from megatron_prores.training.gpt import dataset_config
 
 Drawn = list[dict[str, Any]]

@@ -10,8 +10,8 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
 )
 
-from megatron_prores.depth import total_depth
 from megatron_prores.plan.stages import Stage
+from megatron_prores.schedule.depth import total_depth
 
 
 def divisions(args: argparse.Namespace, stages: list[Stage], gpus_per_node: int) -> list[str]:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_prores.environment import check_environment
 from megatron_prores.errors import Parser, UserError, split_at_dashes
 from megatron_prores.plan.planner import MAIN_PROGRAM, make_plan
-from megatron_prores.plot import check_picture
+from megatron_prores.runs.plot import check_picture
+from megatron_prores.system.environment import check_environment
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 

@@ -21,9 +21,9 @@ from megatron.training.theoretical_memory_usage import (
     report_theoretical_memory,
 )
 
-from megatron_prores.depth import depths_of
 from megatron_prores.plan.groups import Groups
 from megatron_prores.plan.stages import Stage
+from megatron_prores.schedule.depth import depths_of
 
 _SWIGLU = 1.42
 """What autograd keeps of a layer with SwiGLU, over Megatron's formula, which is of a plain MLP:

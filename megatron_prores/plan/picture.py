@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_prores.plan.result import Plan
-from megatron_prores.plot import save_figure, size_of
+from megatron_prores.runs.plot import save_figure, size_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

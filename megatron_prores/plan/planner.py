@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 from megatron_prores.command_line.arguments import read_prores_flags
 from megatron_prores.command_line.device import prepare
-from megatron_prores.environment import check_environment
-from megatron_prores.flags import told_in_flags
+from megatron_prores.config.flags import told_in_flags
 from megatron_prores.plan.result import Plan
+from megatron_prores.system.environment import check_environment
 
 MAIN_PROGRAM = "pretrain_gpt_prores.py"
 

@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from megatron_prores.plan.result import Plan
-from megatron_prores.plot import size_of
+from megatron_prores.runs.plot import size_of
 
 _WIDTH = 100
 

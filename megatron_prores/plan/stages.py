@@ -23,10 +23,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import Depths, depths_of
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import ArgumentError, StopRun, UserError
 from megatron_prores.plan.groups import as_rank
+from megatron_prores.schedule.depth import Depths, depths_of
 from megatron_prores.training.model import set_layers
 from megatron_prores.upstream.registry import replace, undone_afterwards, wrap
 from megatron_prores.warmup.audit import HeldLayer, RankReport, find_faults, report_of

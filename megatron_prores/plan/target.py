@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_prores.data.megatron_tokenizer import TRANSFORMERS_TYPES
-from megatron_prores.environment import TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import TargetEnvironment
 from megatron_prores.upstream.registry import replace, undone_afterwards, wrap
 
 TRANSFORMER_ENGINE = "2.20"

@@ -13,7 +13,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.model.hybrid_specs import stack_spec
 from megatron_prores.model.specs import prores_layer_spec
 from megatron_prores.model.with_prores import with_prores

@@ -11,11 +11,11 @@ from typing import Any
 from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import depths_of
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import StopRun
 from megatron_prores.model import heterogeneous
 from megatron_prores.model import initial_weights as init
+from megatron_prores.schedule.depth import depths_of
 from megatron_prores.training.model import MegatronModelConfig, set_layers, stock_config
 from megatron_prores.upstream.optimizer import exclude_embedding_from_weight_decay
 from megatron_prores.upstream.registry import undo

@@ -19,7 +19,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from megatron_prores.processes import end_children_with_parent, end_with_parent
+from megatron_prores.system.processes import end_children_with_parent, end_with_parent
 from megatron_prores.upstream.registry import replace, stock, wrap
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 from megatron_prores.upstream.registry import replace, stock
 
 _NAME = "latest_checkpointed_iteration.txt"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prores.depth import Depths, plain_depths
+from megatron_prores.schedule.depth import Depths, plain_depths
 from megatron_prores.warmup.residual_warmup import ResidualWarmup
 
 _FAULTS_SHOWN = 20

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megatron_prores.config import ProResConfig
-from megatron_prores.depth import Depths
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.model.hybrid_stack import hybrid_depths
 from megatron_prores.model.layer import ProResLayerMixin
+from megatron_prores.schedule.depth import Depths
 from megatron_prores.schedule.formulas import Alphas
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from megatron_prores.config import OFF
-from megatron_prores.environment import is_installed
+from megatron_prores.config.prores_config import OFF
 from megatron_prores.launch.gpu_flags import Setup, gpu_flags
+from megatron_prores.system.environment import is_installed
 
 FP32, BF16, FP8 = "fp32", "bf16", "fp8"
 

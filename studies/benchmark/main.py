@@ -20,7 +20,7 @@ from megatron_prores.command_line import device
 from megatron_prores.command_line.arguments import check_device
 from megatron_prores.command_line.values import flag_of
 from megatron_prores.errors import Parser, UserError, split_at_dashes
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 from studies.benchmark.cases import CASES, default_cases
 from studies.benchmark.worker import measure
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from megatron.training import get_args
 
+from megatron_prores.config.flags import config_of
 from megatron_prores.convert.llama import to_llama
 from megatron_prores.errors import UserError
-from megatron_prores.flags import config_of
 from megatron_prores.launch.network import set_single_process_env
 from megatron_prores.training import gpt
 from megatron_prores.upstream import training_loop

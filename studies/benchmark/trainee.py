@@ -29,7 +29,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
 from megatron_prores.command_line.arguments import parse_args
-from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.config.prores_config import OFF, ProResConfig
 from megatron_prores.launch.network import set_single_process_env
 from megatron_prores.measure.layer_norms import LayerNormsLog
 from megatron_prores.model import initial_weights

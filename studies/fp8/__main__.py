@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from megatron_prores.command_line import device
-from megatron_prores.config import OFF, ProResConfig
+from megatron_prores.config.flags import told_in_flags
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import OFF, ProResConfig
 from megatron_prores.errors import Parser, UserError, run_program
-from megatron_prores.flags import told_in_flags
-from megatron_prores.placement import PLACEMENTS
 from studies.fp8.picture import draw
 from studies.fp8.recipes import BF16, RECIPES
 from studies.fp8.report import as_text, write_json

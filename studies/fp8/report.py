@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.config import OFF
+from megatron_prores.config.prores_config import OFF
 from megatron_prores.errors import UserError, run_program
 from studies.fp8.recipes import BF16
 from studies.fp8.record import LINEARS

@@ -19,7 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_prores.command_line.arguments import parse_args
 from megatron_prores.launch.network import set_single_process_env
-from megatron_prores.runs import TRAIN_TAG, read_scalars
+from megatron_prores.runs.logged import TRAIN_TAG, read_scalars
 from megatron_prores.schedule.formulas import SCHEDULES
 from megatron_prores.training.gpt import forward_step, train_valid_test_datasets_provider
 from megatron_prores.training.prores_run import model_config

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_prores.errors import UserError
 from megatron_prores.plan.planner import MAIN_PROGRAM, make_plan
-from megatron_prores.plot import size_of
+from megatron_prores.runs.plot import size_of
 from studies.paper import recipes
 
 _REPOSITORY = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_prores.errors import EXIT_INTERRUPTED, Parser, UserError
-from megatron_prores.plot import save_figure
+from megatron_prores.runs.plot import save_figure
 from studies.paper import cluster
 from studies.paper.pictures import side_by_side
 from studies.paper.report import write_report

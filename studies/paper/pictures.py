@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_prores.runs import ema
+from megatron_prores.runs.logged import ema
 from studies.paper.results import RESIDUAL_RMS
 from studies.paper.scales import ARMS, LONG, PLAIN, PRORES
 

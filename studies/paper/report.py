@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_prores.files import atomic_write
-from megatron_prores.plot import save_figure
+from megatron_prores.runs.plot import save_figure
+from megatron_prores.system.files import atomic_write
 from studies.paper import pictures, recipes
 from studies.paper.results import DIVERGED, Results, read_results
 from studies.paper.scales import LONG, PLAIN, PRORES, Scale, flags, runs_of

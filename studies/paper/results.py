@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_prores.checkpoint.reader import iterations
 from megatron_prores.evaluation import layer_cosine
-from megatron_prores.runs import (
+from megatron_prores.runs.logged import (
     EMPTY,
     GRAD_NORM_TAG,
     TRAIN_TAG,

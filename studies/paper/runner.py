@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prores.errors import EXIT_INTERRUPTED, UserError
-from megatron_prores.files import atomic_write
+from megatron_prores.system.files import atomic_write
 from studies.paper.results import DIVERGED, FILE, collect, read_results
 from studies.paper.scales import Run, Scale, flags
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_prores.environment import is_installed
 from megatron_prores.launch.gpu_flags import Setup, gpu_flags
+from megatron_prores.system.environment import is_installed
 from studies.paper.recipes import PLACEMENTS
 
 PLAIN = "plain"

@@ -52,7 +52,7 @@ def _build(case: str, weights: dict[str, Any], layout: dict[str, Any]) -> list[A
     from megatron.training.models.gpt import GPTModelConfig
     from megatron.training.models.hybrid import HybridModelConfig
 
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.convert.llama import from_llama
     from megatron_prores.training.model import set_layers
 

@@ -18,7 +18,7 @@ def initial_weights(norm_placement: str, branch_init: str, hybrid: bool) -> dict
     from megatron.training.models.gpt import GPTModelConfig
     from megatron.training.models.hybrid import HybridModelConfig
 
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.convert.llama import to_llama
     from megatron_prores.model import initial_weights as init
     from megatron_prores.training.model import set_layers

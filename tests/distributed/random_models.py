@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from megatron_prores.config import BRANCH_INITS, OFF
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import BRANCH_INITS, OFF
 from megatron_prores.schedule.formulas import SCHEDULES
 from tests.distributed.random_layouts import Constraints, Layout, layouts
 

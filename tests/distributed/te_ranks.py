@@ -106,8 +106,8 @@ def inspect_specs(directory: str) -> None:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
+    from megatron_prores.config.placement import PLACEMENTS
     from megatron_prores.model.specs import prores_layer_spec
-    from megatron_prores.placement import PLACEMENTS
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
@@ -134,9 +134,9 @@ def inspect_hybrid_specs(directory: str) -> None:
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_prores.config.placement import PLACEMENTS
     from megatron_prores.model import with_prores
     from megatron_prores.model.hybrid_specs import stack_spec
-    from megatron_prores.placement import PLACEMENTS
 
     config = TransformerConfig(**_common_config(), is_hybrid_model=True)
     found: dict[str, Any] = {}
@@ -207,10 +207,10 @@ def inspect_fused_norms(directory: str) -> None:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.placement import PLACEMENTS
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.model import initial_weights as init
     from megatron_prores.model import specs, with_prores
-    from megatron_prores.placement import PLACEMENTS
 
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()

@@ -17,10 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.convert import export as exporting
 from megatron_prores.convert import stored_weights
 from megatron_prores.convert.export import export, open_checkpoint
-from megatron_prores.placement import PLACEMENTS
 from tests.distributed.conftest import MODEL, Text
 from tests.distributed.export_ranks import Model, save_models
 from tests.distributed.launch import run_ranks

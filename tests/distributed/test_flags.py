@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from tests.distributed.conftest import Text
 from tests.distributed.launch import Job, run_job, run_ranks
 

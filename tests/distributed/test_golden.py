@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
 from tests import golden
 from tests.distributed import fused_backend, golden_ranks
 from tests.distributed.launch import Job, run_job, run_ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
 from tests.distributed.launch import Check, check_name, run_checks
 
 
@@ -165,7 +165,7 @@ def check_evaluation_keeps_no_graph(norm_placement: str, training: bool) -> None
 
 def check_alpha_follows_a_model_from_the_meta_device() -> None:
     """As Megatron-FSDP materializes a model: each module that owns parameters, and no other."""
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.warmup.residual_warmup import ResidualWarmup
     from tests.distributed import layers
 

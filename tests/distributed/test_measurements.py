@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prores.convert.export import export, open_checkpoint
-from megatron_prores.spikes import spike_score
+from megatron_prores.runs.spikes import spike_score
 from tests.distributed import watched
 from tests.distributed.conftest import LAST, MODEL
 from tests.distributed.launch import Job, run_job

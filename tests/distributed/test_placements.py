@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.convert import hybrid_to_gpt
-from megatron_prores.placement import PLACEMENTS
 from tests.distributed.conftest import MODEL, OPTIMIZER, WARMUP, Text, loading, saving
 from tests.distributed.launch import Check, Job, check_name, run_checks, run_job, run_ranks
 from tests.distributed.test_hybrid import as_hybrid

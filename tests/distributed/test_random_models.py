@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prores.config import BRANCH_INITS, OFF
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
+from megatron_prores.config.prores_config import BRANCH_INITS, OFF
 from megatron_prores.schedule.formulas import SCHEDULES, alphas
 from tests.distributed import faults
 from tests.distributed.launch import Job, run_job

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
 from tests.distributed import golden_ranks
 from tests.distributed.conftest import MODEL, Text
 from tests.distributed.launch import Check, check_name, run_checks, run_job, run_ranks
@@ -171,7 +171,7 @@ def check_shared_experts_have_their_own_gain() -> None:
     """DeepNorm's gains are Xavier's: they depend on the width of the expert."""
     import torch
 
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.model.initial_weights import finish
     from tests.distributed import layers
 
@@ -204,7 +204,7 @@ def check_zero_centered_norms_start_below_zero() -> None:
     """With --apply-layernorm-1p a norm multiplies by 1 + weight."""
     import torch
 
-    from megatron_prores.config import ProResConfig
+    from megatron_prores.config.prores_config import ProResConfig
     from megatron_prores.model.initial_weights import finish
     from tests.distributed import layers
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_prores.compare.numbers import compare, settings_that_differ
-from megatron_prores.compare.picture import draw_runs
-from megatron_prores.runs import load_run
+from megatron_prores.runs.logged import load_run
+from megatron_prores.runs.numbers import compare, settings_that_differ
+from megatron_prores.runs.picture import draw_runs
 from megatron_prores.schedule.formulas import opening_steps
 from tests.distributed.conftest import MODEL, OPTIMIZER, Text
 from tests.distributed.launch import Job, run_job

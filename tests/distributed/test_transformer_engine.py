@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.convert.export import export, open_checkpoint
-from megatron_prores.placement import PLACEMENTS
 from tests import golden
 from tests.distributed.launch import REPOSITORY, free_port, run_job
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prores.runs import read_scalars
+from megatron_prores.runs.logged import read_scalars
 from tests.examples.clone import environment
 from tests.examples.slurm_cluster import GOES_ON, Cluster, eventually
 

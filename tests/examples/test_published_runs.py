@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
 from tests.distributed.launch import run_job, run_ranks
 from tests.examples.clone import REPOSITORY, environment

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prores.runs import read_scalars
+from megatron_prores.runs.logged import read_scalars
 from tests.examples.clone import environment, make_clone, run
 
 SHORT = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_prores.command_line import device
-from megatron_prores.environment import is_installed
+from megatron_prores.system.environment import is_installed
 from tests import golden
 from tests.distributed import golden_ranks
 

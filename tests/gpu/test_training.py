@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prores.environment import is_installed
 from megatron_prores.schedule.formulas import alphas
+from megatron_prores.system.environment import is_installed
 from tests.distributed.launch import Job
 from tests.gpu.command_lines import (
     BF16,

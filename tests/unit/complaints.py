@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron_prores.config.flags import told_in_flags
 from megatron_prores.errors import UserError
-from megatron_prores.flags import told_in_flags
 
 
 def complaint_of(function: Callable[..., object], *args: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_prores import runs
+from megatron_prores.runs import logged
 
 EPOCH = 1_000_000.0
 
@@ -43,9 +43,9 @@ def write_start(
         for step, loss in losses.items():
             written = began + seconds * (step - first)
             norm = math.nan if math.isnan(loss) else 2 * loss
-            values = {"batch-size": float(batch), runs.TRAIN_TAG: loss}
+            values = {"batch-size": float(batch), logged.TRAIN_TAG: loss}
             if step not in skipped:
-                values[runs.GRAD_NORM_TAG] = norm
+                values[logged.GRAD_NORM_TAG] = norm
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step, walltime=written)
                 writer.add_scalar(f"{tag} vs samples", value, step * batch, walltime=written)

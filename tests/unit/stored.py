@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prores.checkpoint import manifest
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 
 COMMON = "common_state/shard_0_1"
 

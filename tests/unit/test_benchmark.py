@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.errors import UserError
 from megatron_prores.measure.peak import peak_tflops
-from megatron_prores.placement import PLACEMENTS
 from studies.benchmark import cases, main, report, worker
 from studies.benchmark.cases import AFTER, CASES, STOCK, WARMUP
 from studies.benchmark.measure import interleave, ratio

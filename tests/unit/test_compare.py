@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
-from megatron_prores.compare.main import main
-from megatron_prores.compare.picture import draw_runs
 from megatron_prores.errors import UserError
-from megatron_prores.runs import VALID_TAG, load_run
+from megatron_prores.runs.compare import main
+from megatron_prores.runs.logged import VALID_TAG, load_run
+from megatron_prores.runs.picture import draw_runs
 from tests.unit.event_files import write_start
 
 RMS = {f"prores/residual_rms/layer_{layer}": {1: 1.0, 8: float(layer)} for layer in (1, 2, 10)}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_prores.command_line.arguments import read_prores_flags
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
 
 

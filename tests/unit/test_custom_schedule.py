@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_prores.command_line.arguments import read_prores_flags
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.schedule.custom import MAX_FILE_BYTES, load_schedule
 from megatron_prores.schedule.formulas import alphas
 from megatron_prores.warmup.audit import report_of

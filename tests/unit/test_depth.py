@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_prores.depth import depths_of, pattern_depths, plain_depths, total_depth
 from megatron_prores.errors import ArgumentError
+from megatron_prores.schedule.depth import depths_of, pattern_depths, plain_depths, total_depth
 
 MIXING, FEED_FORWARD = "*+DGM", "-E"
 

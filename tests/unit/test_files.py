@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prores.files import atomic_write, publish
+from megatron_prores.system.files import atomic_write, publish
 
 
 @pytest.mark.parametrize(("mode", "old", "new"), [("w", "old", "new"), ("wb", b"old", b"new")])

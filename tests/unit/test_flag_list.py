@@ -12,8 +12,8 @@ from megatron_prores.command_line.conflicts import check_flags
 from megatron_prores.command_line.effects import NO_EFFECT, UNTRIED, effect_warnings
 from megatron_prores.command_line.never import NEVER
 from megatron_prores.command_line.rules import NEEDS_PACKAGE, NOT_WITH_OWN_LAYER
-from megatron_prores.environment import TargetEnvironment
 from megatron_prores.errors import UserError
+from megatron_prores.system.environment import TargetEnvironment
 from tests.distributed.launch import REPOSITORY
 from tests.gpu.command_lines import BF16
 from tests.unit.flag_list import (

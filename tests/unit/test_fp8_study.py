@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_prores.command_line.fp8 import fp8_advice
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
 from studies.fp8 import __main__ as study_program
 from studies.fp8 import report

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import megatron_prores as prores
+from megatron_prores.config.flags import FLAGS, told_in_flags
 from megatron_prores.errors import Argument, ArgumentError, UserError
-from megatron_prores.flags import FLAGS, told_in_flags
 
 SCHEDULE_ALONE = """
 import sys

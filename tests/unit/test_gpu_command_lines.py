@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_prores.placement import PLACEMENTS
+from megatron_prores.config.placement import PLACEMENTS
 from tests.distributed.launch import REPOSITORY
 from tests.gpu.command_lines import BF16, FP8, GRAPHS, LOCAL, TE, command_lines
 

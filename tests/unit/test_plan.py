@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_prores.config import ProResConfig
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import UserError
 from megatron_prores.plan.main import read_options
 from megatron_prores.plan.target import PlannedMachine
 from megatron_prores.schedule.timeline import Phase, Timeline
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.upstream.registry import listed
 from tests.refusals import REPOSITORY, clean_environment
 

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_prores import plot
 from megatron_prores.errors import UserError
+from megatron_prores.runs import plot
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_run.py"
 

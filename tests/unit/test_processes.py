@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-RANK = "from megatron_prores.processes import end_with_launcher as end; end(); "
+RANK = "from megatron_prores.system.processes import end_with_launcher as end; end(); "
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
 
 

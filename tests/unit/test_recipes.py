@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prores.config.placement import PLACEMENTS
 from megatron_prores.evaluation import harness
-from megatron_prores.placement import PLACEMENTS
 from megatron_prores.schedule.formulas import SCHEDULES
 from studies.paper import recipes
 

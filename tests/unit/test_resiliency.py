@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_prores.command_line.resiliency import LEAST, check_resiliency, check_start
-from megatron_prores.environment import THIS_MACHINE, TargetEnvironment
 from megatron_prores.errors import UserError
 from megatron_prores.plan.target import PlannedMachine
+from megatron_prores.system.environment import THIS_MACHINE, TargetEnvironment
 from tests.distributed.launch import REPOSITORY
 
 GIVEN = {

@@ -10,7 +10,16 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_prores.errors import ArgumentError, UserError
-from megatron_prores.runs import TRAIN_TAG, VALID_TAG, Run, Series, ema, gap, load_run, summary
+from megatron_prores.runs.logged import (
+    TRAIN_TAG,
+    VALID_TAG,
+    Run,
+    Series,
+    ema,
+    gap,
+    load_run,
+    summary,
+)
 from tests.unit.event_files import EPOCH, write_start
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_prores.command_line.arguments import read_prores_flags
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.schedule.formulas import alphas
 from tests.unit.complaints import complaint_of
 

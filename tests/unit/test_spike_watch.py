@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prores.measure import spike_watch
 from megatron_prores.measure.spike_watch import Curve, StepSkipper
-from megatron_prores.spikes import FEWEST, WINDOW, spike_score, spikes
+from megatron_prores.runs.spikes import FEWEST, WINDOW, spike_score, spikes
 from megatron_prores.upstream.training_loop import StepFigures
 
 STEPS = 2500

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_prores.spikes import FEWEST, spike_score, spikes
+from megatron_prores.runs.spikes import FEWEST, spike_score, spikes
 
 # 1, 3, 1, 3, ...: mean 2 and deviation 1 over every even number of them.
 CALM = np.tile([1.0, 3.0], 50)

@@ -89,7 +89,7 @@ from megatron_prores.command_line import device
 device.prepare("cpu")
 import megatron.core.optimizer
 from megatron.core.extensions import transformer_engine as extension
-from megatron_prores.environment import is_installed
+from megatron_prores.system.environment import is_installed
 assert not extension.HAVE_TE
 assert not is_installed("transformer_engine") and not is_installed("apex")
 """

@@ -8,8 +8,8 @@ from numbers import Integral
 
 import numpy as np
 
+from megatron_prores.config.placement import PLACEMENTS, placement_of
 from megatron_prores.errors import Argument, ArgumentError
-from megatron_prores.placement import PLACEMENTS, placement_of
 from megatron_prores.schedule.custom import (
     FILE,
     CustomSchedule,

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_prores.config import ProResConfig
+from megatron_prores.config.prores_config import ProResConfig
 from megatron_prores.errors import Argument, ArgumentError, UserError
 
 FLAGS = {

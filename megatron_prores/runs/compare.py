@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prores.compare.numbers import compare, settings_that_differ, table
-from megatron_prores.compare.picture import draw_runs
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import atomic_write
-from megatron_prores.plot import check_picture, save_figure
-from megatron_prores.runs import EMA_WEIGHT, Run, load_run, tensorboard_dir
+from megatron_prores.runs.logged import EMA_WEIGHT, Run, load_run, tensorboard_dir
+from megatron_prores.runs.numbers import compare, settings_that_differ, table
+from megatron_prores.runs.picture import draw_runs
+from megatron_prores.runs.plot import check_picture, save_figure
+from megatron_prores.system.files import atomic_write
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from megatron_prores.plot import size_of
-from megatron_prores.runs import (
+from megatron_prores.runs.logged import (
     EMA_WEIGHT,
     FEWEST_FINAL_STEPS,
     TRAIN_TAG,
@@ -16,6 +15,7 @@ from megatron_prores.runs import (
     gap,
     summary,
 )
+from megatron_prores.runs.plot import size_of
 
 _ONLY_WHERE = re.compile(
     r"_.*|save|load|(curr_)?iteration|consumed_\w+|(local_)?rank|"
@@ -58,7 +58,8 @@ def compare(runs: Sequence[Run], weight: float = EMA_WEIGHT) -> dict[str, dict[s
         weight: Of the moving average of the training loss.
 
     Returns:
-        By name: what :func:`megatron_prores.runs.summary` says, ``train_gap`` and ``valid_gap``:
+        By name: what :func:`megatron_prores.runs.logged.summary` says,
+        ``train_gap`` and ``valid_gap``:
         the loss minus the first run's where the shorter of the two ends; NaN for the first.
     """
     found = {run.name: summary(run) for run in runs}

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prores.plot import size_of
-from megatron_prores.runs import (
+from megatron_prores.runs.logged import (
     EMA_WEIGHT,
     EMPTY,
     GRAD_NORM_TAG,
@@ -22,6 +21,7 @@ from megatron_prores.runs import (
     ema,
     gap,
 )
+from megatron_prores.runs.plot import size_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_prores.errors import Argument, ArgumentError, UserError
-from megatron_prores.spikes import spike_score
+from megatron_prores.runs.spikes import spike_score
 
 TRAIN_TAG = "lm loss"
 VALID_TAG = "lm loss validation"
@@ -231,7 +231,7 @@ def summary(run: Run) -> dict[str, float]:
           ``perplexity``: exp of the last;
         - ``grad_norm_max``: the largest finite one, before clipping;
         - ``loss_spike_score``, ``grad_norm_spike_score``: shares of steps, from 0 to 1
-          (:mod:`megatron_prores.spikes`);
+          (:mod:`megatron_prores.runs.spikes`);
         - ``nan_iterations``: logged steps whose loss or gradient norm is infinite or NaN;
         - ``skipped_iterations``: logged steps with a loss and without a gradient norm, which
           Megatron leaves out where it skips the update; NaN where it logged none at all.

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_prores.errors import Parser, UserError
-from megatron_prores.files import atomic_write
-from megatron_prores.runs import TRAIN_TAG, VALID_TAG, Series, read_scalars
+from megatron_prores.runs.logged import TRAIN_TAG, VALID_TAG, Series, read_scalars
+from megatron_prores.system.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

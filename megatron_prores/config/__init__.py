@@ -1,0 +1,1 @@
+"""What a run of ProRes is configured by: ProResConfig, norm placements, and their flags."""

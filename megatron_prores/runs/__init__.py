@@ -1,0 +1,1 @@
+"""What runs have logged: read, summed up, drawn, and put beside each other."""
