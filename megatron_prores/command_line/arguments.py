@@ -172,6 +172,7 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
     parser.add_argument("--num-layers", type=int)
     parser.add_argument("--hybrid-layer-pattern")
     parser.add_argument("--yaml-cfg")  # Megatron would read it before anybody could object
+    parser.add_argument("-h", "--help", action="store_true")
     args, _ = parser.parse_known_args(argv)
     if args.yaml_cfg is not None:
         raise UserError(
@@ -192,7 +193,8 @@ def read_prores_flags(argv: Sequence[str]) -> tuple[ProResConfig, str]:
             f"--prores-schedule {config.schedule}: importing {module} imports Megatron, which is "
             "too early: put the function into a module that does not"
         )
-    return config, args.device
+    # To read what the flags are takes no GPU.
+    return config, "cpu" if args.help else args.device
 
 
 def explicit_prores_flags(argv: Sequence[str]) -> set[str]:
