@@ -1,6 +1,7 @@
 """What the fork server imports once, so that each rank need not."""
 
 import argparse
+import gc
 
 from megatron_prores.command_line import device
 
@@ -26,3 +27,7 @@ from megatron_prores.upstream.start_up import read_flag_help_once  # noqa: E402
 
 read_flag_help_once()
 add_megatron_arguments(argparse.ArgumentParser())
+
+# What is here stays: a rank's collector need not walk through it, nor copy its pages to do so.
+gc.collect()
+gc.freeze()

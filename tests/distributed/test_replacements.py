@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 import runpy
@@ -64,6 +65,7 @@ def attributes(module: ModuleType) -> Iterator[tuple[str, Any]]:
 def start_and_list(argv: list[str], output: str) -> None:
     """Run the main program; write down what is listed, and what of ours is in place and is not."""
     sys.argv = [str(MAIN_PROGRAM), *argv]
+    gc.unfreeze()  # what the fork server froze
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(sys.argv[0], run_name="__main__")
     entries = listed()
@@ -75,6 +77,7 @@ def start_and_list(argv: list[str], output: str) -> None:
         "listed": {name: list(map(dataclasses.asdict, why)) for name, why in entries.items()},
         "unlisted": [name for name, value in held if is_ours(value) and id(value) not in known],
         "ours": [name for name, value in held if is_ours(value) and name in entries],
+        "frozen": gc.get_freeze_count(),
         "imported": [name for name in NOT_NEEDED if name in sys.modules],
     }
     Path(output).write_text(json.dumps(result))
@@ -89,6 +92,7 @@ def test_the_registry_lists_every_replacement_of_a_run(tmp_path: Path) -> None:
     assert not result["unlisted"]
     assert len(result["ours"]) > 70  # so they are seen
     assert not result["imported"]
+    assert result["frozen"] > 100_000  # Megatron and torch, which a collection passes over
     entries = result["listed"]
     for name, function in SOME.items():
         assert f"megatron_prores.{function}" in [why["function"] for why in entries[name]]
