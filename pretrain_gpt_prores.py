@@ -7,6 +7,7 @@ Takes every flag of Megatron-LM's pretrain_gpt.py and the group "ProRes":
         --prores-warmup-iters-per-layer 1000 <Megatron's flags>
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -49,8 +50,10 @@ def main() -> None:
     from megatron_prores.upstream import datasets, optimizer, start_up, training_loop
     from megatron_prores.warmup.scalars import close_tensorboard
 
-    # What was imported stays: a collection, as of --manual-gc, need not walk through it.
+    # What was imported stays: a collection, as of --manual-gc, need not walk through it. At the end
+    # it must, else Triton's bindings tell of leaks.
     gc.freeze()
+    atexit.register(gc.unfreeze)
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     start_up.read_flag_help_once()
     datasets.fork_data_workers()

@@ -135,12 +135,19 @@ final_codes='^(2|16|17|130)$'
 #   <restarts in a row without a new checkpoint> <a checkpoint in this start: 0 or 1> <bad code>
 # The ranks of other nodes fail within moments of the first, of its absence, and their launchers may be
 # sooner gone: a code that no such absence brings about counts before theirs, else the first does.
+# A program that was ended in the middle of a line has left it open: what follows may stand behind it.
 read_output() {
   awk -v final="$final_codes" '
-       /^slurm: start / { saved = code = 0 }
+       function number_after(words) { return substr($0, index($0, words) + length(words)) + 0 }
+       /slurm: start [0-9]+ of job / { saved = code = 0 }
        /successfully saved checkpoint from iteration/ { saved = 1; futile = 0 }
-       /^slurm: node .* ended with code / && (!code || $NF ~ final && code !~ final) { code = $NF }
-       /^slurm: restarts in a row without a new checkpoint: / { futile = $NF }
+       /slurm: node [0-9]+ .*\) ended with code [0-9]+/ {
+         this = number_after(") ended with code ")
+         if (!code || this ~ final && code !~ final) code = this
+       }
+       /slurm: restarts in a row without a new checkpoint: / {
+         futile = number_after("without a new checkpoint: ")
+       }
        END { print futile + 0, saved + 0, code + 0 }' "/proc/$$/fd/1"
 }
 

@@ -1,6 +1,7 @@
 """What the fork server imports once, so that each rank need not."""
 
 import argparse
+import atexit
 import gc
 
 from megatron_prores.command_line import device
@@ -31,3 +32,4 @@ add_megatron_arguments(argparse.ArgumentParser())
 # What is here stays: a rank's collector need not walk through it, nor copy its pages to do so.
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)

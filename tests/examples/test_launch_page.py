@@ -39,6 +39,7 @@ def run_block(script: str, clone: Path, **variables: str) -> subprocess.Complete
 def test_the_first_try_trains(clone: Path) -> None:
     result = run_block(BLOCKS[0].replace("TRAIN_ITERS=20", "TRAIN_ITERS=4"), clone)
     assert "iteration        4/       4" in result.stdout
+    assert "leaked" not in result.stdout + result.stderr  # what the bindings of Triton would tell
     assert (clone / "runs/130m/post-prores-linear/checkpoints/iter_0000004").is_dir()
 
 

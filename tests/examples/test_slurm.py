@@ -330,6 +330,29 @@ def test_commands_of_containers(scenes: Scenes) -> None:
     assert f"{clone}/prores.sif {script}" in apptainer
 
 
+def finish(code: int, before: str, state: str, directory: Path) -> str:
+    """Ends a job whose output says what was before; gives what is said after that."""
+    scontrol = directory / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=7 JobState={state} A=b"\n')
+    scontrol.chmod(0o755)
+    log = directory / "log"
+    log.write_text(before)
+    with log.open("a") as output:
+        subprocess.run(
+            ["bash", "-c", f"source examples/slurm/job.sh; MAX_RESTARTS=3; finish {code}"],
+            cwd=REPOSITORY,
+            env={
+                "PATH": f"{directory}:{os.environ['PATH']}",
+                "PRORES_HOME": ".",
+                "SLURM_JOB_ID": "7",
+            },
+            stdout=output,
+            stderr=output,
+            timeout=30,
+        )
+    return log.read_text().removeprefix(before)
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [
@@ -342,24 +365,31 @@ def test_commands_of_containers(scenes: Scenes) -> None:
 def test_a_saved_job_is_queued_again_unless_slurm_ends_it(
     state: str, words: str, tmp_path: Path
 ) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\n[ "$1" = show ] && echo "JobId=7 JobState={state} A=b"\n')
-    scontrol.chmod(0o755)
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        subprocess.run(
-            ["bash", "-c", "source examples/slurm/job.sh; MAX_RESTARTS=3; finish 75"],
-            cwd=REPOSITORY,
-            env={
-                "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                "PRORES_HOME": ".",
-                "SLURM_JOB_ID": "7",
-            },
-            stdout=output,
-            stderr=output,
-            timeout=30,
-        )
-    assert words in log.read_text()
+    assert words in finish(75, "", state, tmp_path)
+
+
+def test_lines_that_a_program_has_left_open_hide_nothing(tmp_path: Path) -> None:
+    opened = "\n".join(
+        [
+            "slurm: start 0 of job 7 on n[1-2], now",
+            "half a lineslurm: node 1 (n2) ended with code 2",
+            "half a lineslurm: restarts in a row without a new checkpoint: 2",
+            "half a lineslurm: start 1 of job 7 on n[1-2], now",
+        ]
+    )
+    # Of the first start nothing counts but the restarts; of the second all does.
+    assert "slurm: finished" in finish(0, f"{opened}\n", "RUNNING", tmp_path)
+    saved = f"{opened}\nhalf a lineslurm: node 0 (n1) ended with code 75\n"
+    said = finish(0, saved, "RUNNING", tmp_path)
+    assert "slurm: ended with code 75 (saved), queued again" in said
+    assert "slurm: restarts in a row without a new checkpoint: 3" in said
+
+
+def test_a_node_tells_its_end_on_a_line_of_its_own() -> None:
+    command = ["bash", "examples/slurm/node.sh", "bash", "-c", "printf 'half a line'; exit 75"]
+    result = run(command, REPOSITORY, SLURM_NODEID="3", SLURMD_NODENAME="n4")
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == ["half a line", "slurm: node 3 (n4) ended with code 75"]
 
 
 @pytest.mark.parametrize(
