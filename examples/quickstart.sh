@@ -122,7 +122,11 @@ logging=(
   --tensorboard-dir "$run/tensorboard"
   --wandb-project prores-quickstart --wandb-exp-name "$PRORES_SCHEDULE" --wandb-save-dir "$run"
 )
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+# Without a device of the driver there is no GPU, which torch takes seconds to find out.
+gpus=0
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; then
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+fi
 if ((gpus >= 1)); then
   ranks=$((gpus >= 2 ? 2 : 1))
   without=()

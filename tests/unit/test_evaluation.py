@@ -107,6 +107,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     return found
 
 
+def test_tasks_of_ones_own_do_not_wait_for_those_of_the_harness(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    found = Tasks("last_word,colors", tmp_path)
+    assert found.names == ["last_word", "colors"]
+    assert {"colors", "last_word"} <= set(found.manager.all_tasks)
+    assert "arc_easy" not in found.manager.all_tasks
+
+
 FLAGS = _parser().parse_args(["--load", ".", "--tasks", "colors"])
 
 
